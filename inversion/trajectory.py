@@ -1,0 +1,139 @@
+"""The recovered (or recorded) generation of a picture, as a value that can be kept, saved and used by many edits."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from inversion.errors import ModelMismatchError, TrajectoryError
+from inversion.schedule import Schedule
+from inversion.walk import require_finite
+
+FORMAT = "p2p_subject.trajectory/1"
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Latents of every step of one picture's generation.
+
+    `latents` (N + 1, C, h, w) float32, clean first: `latents[N]` is the noise, `latents[0]` the picture. `prompt` is the text
+    it was made with, `method` how it was made, `guidance_scale` the scale it was made at, `fingerprint` names the model.
+    `null_embeddings` (N, L, D), if any, are the unconditional contexts of the steps, noise first.
+    """
+
+    latents: Tensor
+    schedule: Schedule
+    prompt: str
+    method: str
+    guidance_scale: float = 1.0
+    fingerprint: str = ""
+    null_embeddings: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        expected = self.schedule.steps + 1
+        if self.latents.ndim != 4 or len(self.latents) != expected:
+            raise TrajectoryError(
+                f"latents of shape {tuple(self.latents.shape)}; a schedule of {self.schedule.steps} steps needs "
+                f"({expected}, C, h, w)"
+            )
+        if self.null_embeddings is not None and len(self.null_embeddings) != self.schedule.steps:
+            raise TrajectoryError(
+                f"{len(self.null_embeddings)} null embeddings for {self.schedule.steps} steps; expected one for each"
+            )
+        require_finite(self.latents, "trajectory")
+
+    @property
+    def noise(self) -> Tensor:
+        """Latents at the start of sampling, (1, C, h, w)."""
+        return self.latents[-1:]
+
+    @property
+    def clean(self) -> Tensor:
+        """Latents of the picture, (1, C, h, w)."""
+        return self.latents[:1]
+
+    def before(self, index: int) -> Tensor:
+        """Latents at the start of sampling step `index`, (1, C, h, w)."""
+        position = self.schedule.steps - index
+        return self.latents[position : position + 1]
+
+    def after(self, index: int) -> Tensor:
+        """Latents at the end of sampling step `index`, (1, C, h, w)."""
+        return self.before(index + 1)
+
+    def require_model(self, fingerprint: str) -> None:
+        """Raise `ModelMismatchError` unless this trajectory was made by the model with `fingerprint`."""
+        if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
+            raise ModelMismatchError(
+                f"this trajectory was made by model {self.fingerprint}, the one at hand is {fingerprint}; invert the picture "
+                "again with this model, or load the model it was made with"
+            )
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        """The same trajectory with its tensors on `device`."""
+        moved = {key: None if value is None else value.to(device) for key, value in self.tensors().items()}
+        return Trajectory(**{**self.__dict__, **moved})
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The fields that are tensors, by name."""
+        return {"latents": self.latents, "null_embeddings": self.null_embeddings}
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Tensors and metadata as a safetensors file holds them; `unpack` is the inverse."""
+        values = {name: getattr(self, name) for name in ("prompt", "method", "guidance_scale", "fingerprint")}
+        values["schedule"] = asdict(self.schedule)
+        tensors = {key: value.cpu().contiguous() for key, value in self.tensors().items() if value is not None}
+        return tensors, {"format": FORMAT, "trajectory": json.dumps(values)}
+
+    @classmethod
+    def unpack(cls, tensors: dict[str, Tensor], metadata: dict[str, str], name: str = "trajectory") -> Trajectory:
+        """Build a trajectory from what `pack` gave; `TrajectoryError` names `name` if it is anything else."""
+        if metadata.get("format") != FORMAT or "latents" not in tensors:
+            raise TrajectoryError(
+                f"{name}: format {metadata.get('format')!r}, expected {FORMAT!r}; this is not a saved trajectory"
+            )
+        values = json.loads(metadata["trajectory"])
+        schedule = values.pop("schedule")
+        schedule |= {"timesteps": tuple(schedule["timesteps"]), "alphas": tuple(schedule["alphas"])}
+        own = {key: tensors[key] for key in ("latents", "null_embeddings") if key in tensors}
+        return cls(schedule=Schedule(**schedule), **values, **own)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        write_safetensors(path, *self.pack())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectory:
+        """Read what `save` wrote; `TrajectoryError` for any other file."""
+        return cls.unpack(*read_safetensors(path), name=str(path))
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata to `path`, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and metadata; `TrajectoryError` if there is no such file or it is not of that kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise TrajectoryError(f"{path}: there is no such file; expected one that save() wrote") from None
+    except (SafetensorError, OSError) as error:
+        raise TrajectoryError(f"{path}: not a readable safetensors file ({error}); invert the picture again") from error

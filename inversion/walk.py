@@ -1,0 +1,42 @@
+"""The only loop over steps in the project: sampling, inversion and editing are what is passed to `walk`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from inversion.errors import NonFiniteError
+from inversion.schedule import Move, ddim_move
+
+Predict = Callable[[Tensor, Move], Tensor]
+"""`predict(latents (B, C, h, w), move) -> noise (B, C, h, w)`: all that this package knows of a network."""
+
+After = Callable[[Tensor, Move], Tensor]
+"""`after(latents, move) -> latents`: what happens to the latents of a step before the next one."""
+
+
+def walk(predict: Predict, latents: Tensor, moves: Iterable[Move], after: After | None = None) -> Tensor:
+    """Follow `moves` from `latents` (B, C, h, w) and return where they end, in the dtype of `latents`.
+
+    Raises `NonFiniteError` when NaN or infinity comes out; it names the first and last step of the walk.
+    """
+    move = None
+    for move in moves:
+        latents = ddim_move(latents, predict(latents, move), move.alpha_from, move.alpha_to)
+        if after is not None:
+            latents = after(latents, move)
+    require_finite(latents, f"latents after timestep {move.t}" if move else "latents")
+    return latents
+
+
+def require_finite(tensor: Tensor, what: str) -> Tensor:
+    """Return `tensor`, or raise `NonFiniteError` when it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(
+            f"{what}: {bad} of {tensor.numel()} values are NaN or infinite. Half precision overflows in some networks: load "
+            "the model with dtype=torch.float32 (or bfloat16); if the input latents were given, check them."
+        )
+    return tensor

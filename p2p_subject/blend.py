@@ -1,0 +1,88 @@
+"""From words' attention maps to masks, and from masks to blended latents. Pure functions; never NaN.
+
+A rule is `rule(maps (T, h, w), columns, others) -> score (h, w) in [0, 1]`, whose maximum is 1 unless the word receives no
+attention at all. `columns` are those of the edited words, `others` those of the remaining content words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from p2p_subject.errors import EditSpecError, did_you_mean
+from p2p_subject.tokens import TokenLayout
+
+Rule = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
+
+FUNCTION_WORDS = frozenset(
+    """a an the on in at of to by for from with and or is are was its it this that into over under near next""".split()  # noqa: SIM905
+)
+"""Words that name no region; they are no competitors in "share"."""
+
+
+def _over_maximum(score: Tensor) -> Tensor:
+    return score / score.amax().clamp_min(torch.finfo(score.dtype).tiny)
+
+
+def peak(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor:
+    """The published rule: the words' map, max-pooled 3x3, over its maximum (Hertz et al. 2022, section 3.3, "LocalBlend").
+
+    Maps are peaky: at the published threshold of 0.3 the mask is often a patch inside the object.
+    """
+    summed = maps[list(columns)].sum(0)
+    return _over_maximum(F.max_pool2d(summed[None, None], 3, 1, 1)[0, 0])
+
+
+def share(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor:
+    """The words' share among the content words at each pixel, over its maximum.
+
+    Where attention is weak for all words, as inside a large object, the competition between words still says whose the
+    pixel is, so the region is covered and not only its peak.
+    """
+    mine = maps[list(columns)].sum(0)
+    total = mine + maps[list(others)].sum(0)
+    return _over_maximum(mine / total.clamp_min(torch.finfo(maps.dtype).tiny))
+
+
+RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.3)}
+"""Rules by name, with the threshold that is theirs by default."""
+
+
+def rule_of(name: str) -> tuple[Rule, float]:
+    """Look up a rule and its threshold; `EditSpecError` lists the names for an unknown one."""
+    if name not in RULES:
+        raise EditSpecError(f"mask rule {name!r};{did_you_mean(name, RULES)} expected one of {sorted(RULES)}")
+    return RULES[name]
+
+
+def competitors(layout: TokenLayout, columns: Iterable[int]) -> tuple[int, ...]:
+    """Columns of the content words other than `columns`; the end token and padding where the prompt has no others."""
+    taken = {*columns, *layout.subject}
+    others = [
+        column
+        for word, own in zip(layout.words(), layout.word_columns())
+        if word.lower() not in FUNCTION_WORDS and not taken.intersection(own)
+        for column in own
+    ]
+    return tuple(others or range(layout.end, layout.length))
+
+
+def region(maps: Tensor, columns: Sequence[int], others: Sequence[int], rule: Rule, size: tuple[int, int]) -> Tensor:
+    """Score of the edited words at every pixel of `size` (H, W), from maps (T, h, w); float32 in [0, 1]."""
+    score = rule(maps.float(), columns, others)
+    mode = "bilinear" if tuple(size) != tuple(score.shape) else "nearest"
+    return F.interpolate(score[None, None], size, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))[0, 0]
+
+
+def binary_mask(scores: Iterable[Tensor], threshold: float, grow: int = 0) -> Tensor:
+    """Union of the regions whose scores (H, W) exceed `threshold`, dilated by `grow` pixels; float32 of 0 and 1."""
+    mask = torch.stack([score > threshold for score in scores]).any(0).float()
+    return F.max_pool2d(mask[None], 2 * grow + 1, 1, grow)[0] if grow else mask
+
+
+def blend(edited: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    """Edited latents where `mask` (h, w) is 1, the source's elsewhere; selected, not multiplied, so 0 x inf cannot occur."""
+    return torch.where(mask > 0.5, edited, source)

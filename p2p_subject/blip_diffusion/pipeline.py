@@ -1,0 +1,278 @@
+"""Zero-shot subject-driven generation: a picture of a subject, its category and a prompt make new pictures of
+it.
+
+After BLIP-Diffusion (Li, Li, Hoi; 2023), sections 3.1 and 3.3, with the prompt format of the released model.
+The call signature and the folder layout are those of the public checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from p2p_subject.blip_diffusion import arguments as check
+from p2p_subject.blip_diffusion.checkpoint import CheckpointMixin
+from p2p_subject.blip_diffusion.encoding import EncodingMixin
+from p2p_subject.blip_diffusion.fit import require_fit
+from p2p_subject.blip_diffusion.image_processor import is_batch
+from p2p_subject.blip_diffusion.modes import inference
+from p2p_subject.errors import NonFiniteError, SubjectError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from transformers import BertTokenizer, CLIPTokenizer
+
+    from p2p_subject.blip_diffusion.image_processor import BlipImageProcessor, Picture
+    from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
+    from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
+
+__all__ = ["BlipDiffusionPipeline"]
+
+
+class BlipDiffusionPipeline(CheckpointMixin, EncodingMixin, DiffusionPipeline):
+    """Generates a subject, given by pictures, in a new context, given by a prompt; a pipeline of diffusers.
+
+    Args:
+        tokenizer: CLIP's, of the prompt.
+        text_encoder: with room for the subject.
+        vae: latents to pictures.
+        unet: predicts noise from latents, timestep and text.
+        scheduler: any of diffusers; the public checkpoint has PNDM.
+        qformer: pictures and category to subject embeddings.
+        image_processor: of the subject's pictures.
+        qformer_tokenizer: BERT's word pieces, of the category.
+        ctx_begin_pos: how many tokens stand before the subject; 2 is after the start token and "a".
+        mean: three numbers used in place of the image processor's, as the public checkpoint has them; so is
+            `std`.
+        std: see `mean`.
+
+    Raises:
+        ModelError: the components' sizes do not fit together.
+    """
+
+    model_cpu_offload_seq = "qformer->text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: ContextCLIPTextModel,
+        vae: AutoencoderKL,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        qformer: Blip2QFormerModel,
+        image_processor: BlipImageProcessor,
+        qformer_tokenizer: BertTokenizer,
+        ctx_begin_pos: int = 2,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        require_fit(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            unet=unet,
+            vae=vae,
+            qformer=qformer,
+            qformer_tokenizer=qformer_tokenizer,
+            image_processor=image_processor,
+            ctx_begin_pos=ctx_begin_pos,
+        )
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            unet=unet,
+            scheduler=scheduler,
+            qformer=qformer,
+            image_processor=image_processor,
+            qformer_tokenizer=qformer_tokenizer,
+        )
+        self.register_to_config(ctx_begin_pos=ctx_begin_pos, mean=mean, std=std)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def predict_noise(self, latents: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
+        """Call the U-Net on latents (R, C, h, w) with contexts (R, L, D); structure control overrides this."""
+        return self.unet(latents, timestep, encoder_hidden_states=contexts).sample
+
+    @inference
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        reference_image: Picture | Sequence[Picture | Sequence[Picture]] | None = None,
+        source_subject_category: str | Sequence[str] | None = None,
+        target_subject_category: str | Sequence[str] | None = None,
+        latents: Tensor | None = None,
+        guidance_scale: float = 7.5,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        neg_prompt: str | Sequence[str] | None = "",
+        prompt_strength: float = 1.0,
+        prompt_reps: int = 20,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        subject_embeddings: Tensor | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+        | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate pictures of a subject.
+
+        A list makes one row an entry, and all lists have one length B; a value that is not in a list serves
+        every row.
+
+        Args:
+            prompt: what surrounds the subject, such as "swimming underwater"; may be empty.
+            reference_image: pictures of the subject as `subject_embeddings` takes them: a list inside the
+                list holds several pictures of one subject.
+            source_subject_category: what the pictures show, such as "dog".
+            target_subject_category: what to generate, such as "dog".
+            latents: (B * num_images_per_prompt, C, h, w) Gaussian noise to start from, or None to draw it.
+            guidance_scale: strength of classifier-free guidance; none at 1 or below.
+            height: of the pictures in pixels, a multiple of `vae_scale_factor`; None takes the U-Net's own
+                size.
+            width: see `height`.
+            num_inference_steps: steps of the scheduler.
+            generator: one, or one a picture, to draw noise from.
+            neg_prompt: what to avoid; encoded without a subject.
+            prompt_strength: with `prompt_reps`: the prompt is repeated int(prompt_strength * prompt_reps)
+                times, and cut where the text encoder's window ends, to strengthen it against the subject.
+            prompt_reps: see `prompt_strength`.
+            output_type: "pil", "np" (B, H, W, 3), "pt" (B, 3, H, W), both in [0, 1], or "latent".
+            return_dict: False returns a tuple.
+            negative_prompt: another spelling of `neg_prompt`.
+            num_images_per_prompt: pictures a row; those of one row follow each other.
+            subject_embeddings: (1 or B, Nq, D), in place of pictures and their category: embedded before,
+                fine-tuned or interpolated. Several rows count as a list.
+            callback_on_step_end: called with (pipeline, step, timestep, {"latents": ...}); may return new
+                latents in a dictionary.
+
+        Returns:
+            `ImagePipelineOutput` whose `images` hold B * num_images_per_prompt pictures.
+
+        Raises:
+            PromptError, PromptTooLongError, SubjectError, ImageError, StepsError, NonFiniteError: an argument
+                cannot be used; raised before a network runs.
+            NonFiniteError: NaN or infinity appeared in the latents.
+        """
+        rows = check.rows(
+            {
+                "prompt": prompt,
+                "reference_image": reference_image,
+                "source_subject_category": source_subject_category,
+                "target_subject_category": target_subject_category,
+                "neg_prompt": check.negative(neg_prompt, negative_prompt),
+                "subject_embeddings": check.batch_of(subject_embeddings),
+            }
+        )
+        prompts = check.prompts(rows["prompt"], "prompt")
+        negatives = check.prompts(rows["neg_prompt"], "neg_prompt")
+        targets = check.subjects(rows["target_subject_category"], "target_subject_category")
+        check.guidance(guidance_scale)
+        check.steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        check.one_of(output_type, "output_type", ("pil", "np", "pt", "latent"))
+        number = len(prompts) * check.count(num_images_per_prompt, "num_images_per_prompt")
+        queries = self._queries(len(prompts), subject_embeddings, reference_image, source_subject_category)
+        self._token_ids(
+            [check.subject_prompt(*row, repeats=1) for row in zip(targets, prompts, strict=True)], queries
+        )
+        self._token_ids(negatives, 0)
+        repeated = [
+            check.subject_prompt(*row, prompt_strength, prompt_reps)
+            for row in zip(targets, prompts, strict=True)
+        ]
+        latents = self._initial_latents(latents, number, height, width, generator)
+
+        if subject_embeddings is None:
+            subject_embeddings = self.subject_embeddings(reference_image, source_subject_category)
+        contexts = self.encode_prompt(repeated, subject_embeddings, truncate=True)
+        if guidance_scale > 1:
+            contexts = torch.cat([self.encode_prompt(negatives), contexts])
+        contexts = contexts.to(self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        latents = self._denoise(
+            latents, contexts, guidance_scale, num_inference_steps, generator, callback_on_step_end
+        )
+
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _queries(self, rows: int, embeddings: Tensor | None, reference_image: Any, category: Any) -> int:
+        """Return how many positions the subject takes, after checking that it is given, and given once."""
+        if (embeddings is None) == (reference_image is None):
+            given = "neither" if embeddings is None else "both"
+            raise SubjectError(
+                f"{given} of reference_image and subject_embeddings are given; pass one: a picture of the "
+                "subject with its source_subject_category, or its embeddings."
+            )
+        if embeddings is not None:
+            return check.embeddings(embeddings, rows, self.text_encoder.config.hidden_size).shape[1]
+        check.subjects(category if is_batch(category) else [category], "source_subject_category")
+        return self.qformer.config.num_query_tokens
+
+    def _initial_latents(
+        self, latents: Tensor | None, number: int, height: int | None, width: int | None, generator: Any
+    ) -> Tensor:
+        factor, own = self.vae_scale_factor, self.unet.config.sample_size
+        own_height, own_width = own if isinstance(own, Sequence) else (own, own)
+        height = check.size(
+            own_height and own_height * factor if height is None else height, "height", factor
+        )
+        width = check.size(own_width and own_width * factor if width is None else width, "width", factor)
+        shape = (number, self.unet.config.in_channels, height // factor, width // factor)
+        device, dtype = self._execution_device, self.unet.dtype
+        generator = check.generators(generator, number)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return check.latents(latents, shape).to(device, dtype)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        contexts: Tensor,
+        guidance_scale: float,
+        steps: int,
+        generator: Any,
+        callback: Callable[..., dict[str, Tensor]] | None,
+    ) -> Tensor:
+        scheduler, guided, dtype = self.scheduler, len(contexts) > len(latents), latents.dtype
+        scheduler.set_timesteps(steps, device=latents.device)
+        # Schedulers that draw noise take the generator; the others have no such argument.
+        random = (
+            {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        )
+        latents = latents * scheduler.init_noise_sigma
+        for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
+            scaled = scheduler.scale_model_input(latents, timestep).to(dtype)
+            noise = self.predict_noise(torch.cat([scaled, scaled]) if guided else scaled, timestep, contexts)
+            if guided:
+                plain, subject = noise.chunk(2)
+                noise = plain + guidance_scale * (subject - plain)
+            latents = scheduler.step(noise, timestep, latents, **random).prev_sample
+            if callback is not None:
+                latents = (callback(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
+        if not latents.isfinite().all():
+            raise NonFiniteError(
+                f"NaN or infinity appeared in the latents in {dtype}; load the model with "
+                "torch_dtype=torch.float32 or torch.bfloat16, or lower guidance_scale."
+            )
+        return latents.to(dtype)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+        samples = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(samples, output_type)

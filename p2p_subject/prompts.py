@@ -1,0 +1,105 @@
+"""From a source's layout and an edit to the target's prompt and layout, and to the columns that make the mask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from p2p_subject.blend import competitors, rule_of
+from p2p_subject.edits import EditSpec, Word
+from p2p_subject.errors import WordNotFoundError
+from p2p_subject.tokens import TokenLayout
+
+Columns = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Words:
+    """Columns that make the mask in one prompt: those of the edited words, and those they compete with.
+
+    `labels` names each edited word with its own columns, for heat maps.
+    """
+
+    columns: Columns = ()
+    others: Columns = ()
+    labels: tuple[tuple[str, Columns], ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The target's layout and the words whose attention makes the mask, in the source's and in the target's prompt."""
+
+    layout: TokenLayout
+    source_words: Words
+    target_words: Words
+
+
+def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLayout]) -> Plan:
+    """Work out what an edit means for a source; `layout(prompt, subject=bool)` makes the target's layout.
+
+    Raises `WordNotFoundError`, `AmbiguousWordError`, `PromptTooLongError` and `EditSpecError`; runs no network.
+    """
+    prompt, place = target_prompt(source, spec)
+    target = layout(prompt, subject=spec.subject is not None)
+    for word in spec.weights:
+        target.columns(word)
+    if spec.blend is None:
+        return Plan(target, Words(), Words())
+    rule_of(spec.blend.rule)
+    named = spec.blend.source_words
+    if named is None:
+        named = () if spec.swap is None else (spec.swap,)
+    if spec.blend.target_words is not None:
+        labels = _labelled(target, spec.blend.target_words)
+    else:
+        labels = _subject_label(target, spec, place)
+    return Plan(target, _words(source, _labelled(source, named)), _words(target, labels))
+
+
+def target_prompt(source: TokenLayout, spec: EditSpec) -> tuple[str, tuple[int, int] | None]:
+    """The prompt of the edited picture, and the characters where the subject's category stands, if it was derived.
+
+    Derived, it is the source's with the category in place of the swapped word; an article before the word follows: "a cat on
+    grass" becomes "an owl on grass".
+    """
+    columns = source.columns(*_word(spec.swap)) if spec.swap is not None else ()
+    if spec.prompt is not None:
+        return spec.prompt, None
+    spans = [source.spans[column] for column in columns]
+    before, after = source.prompt[: min(a for a, _ in spans)], source.prompt[max(b for _, b in spans) :]
+    category = spec.subject.category
+    article = re.search(r"\b(an?)(\s+)$", before, re.IGNORECASE)
+    if article:
+        fitting = "an" if category[0].lower() in "aeiou" else "a"
+        fitting = fitting.capitalize() if article[1][0].isupper() else fitting
+        before = before[: article.start()] + fitting + article[2]
+    return before + category + after, (len(before), len(before) + len(category))
+
+
+def _word(word: Word) -> tuple[str, int | None]:
+    return (word, None) if isinstance(word, str) else (word[0], word[1])
+
+
+def _labelled(layout: TokenLayout, words: tuple[Word, ...]) -> tuple[tuple[str, Columns], ...]:
+    return tuple((_word(word)[0], layout.columns(*_word(word))) for word in words)
+
+
+def _subject_label(target: TokenLayout, spec: EditSpec, place: tuple[int, int] | None) -> tuple[tuple[str, Columns], ...]:
+    """The inserted columns and those of the category: where it was put, or where a given prompt has it."""
+    if spec.subject is None:
+        return ()
+    category = spec.subject.category
+    if place is not None:
+        named = target.columns_in(*place)
+    else:
+        try:
+            named = target.columns(category)
+        except WordNotFoundError:
+            named = ()  # A given prompt need not repeat the category; the inserted columns speak for the subject.
+    return ((category, (*target.subject, *named)),)
+
+
+def _words(layout: TokenLayout, labels: tuple[tuple[str, Columns], ...]) -> Words:
+    columns = tuple(sorted({column for _, own in labels for column in own}))
+    return Words(columns, competitors(layout, columns), labels) if columns else Words()

@@ -1,0 +1,53 @@
+"""A picture together with its recovered (or recorded) generation: what edits start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inversion import Trajectory, TrajectoryError
+from inversion.trajectory import read_safetensors, write_safetensors
+from p2p_subject.images import Frame
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an edit starts from.
+
+    `trajectory` of the generation, the full-size picture `image` (RGB), `frame` how it was fitted to the model, and `subject`
+    (1, Nq, D), the embeddings of the subject it was generated with, if any.
+    """
+
+    trajectory: Trajectory
+    image: Image.Image
+    frame: Frame
+    subject: Tensor | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The text that describes the picture."""
+        return self.trajectory.prompt
+
+    def save(self, path: str | Path) -> None:
+        """Write trajectory and picture to one safetensors file, whole or not at all."""
+        tensors, metadata = self.trajectory.pack()
+        tensors |= {"image": torch.from_numpy(np.array(self.image)), "model_size": torch.tensor(self.frame.model_size)}
+        if self.subject is not None:
+            tensors["subject"] = self.subject.cpu().contiguous()
+        write_safetensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Source:
+        """Read what `save` wrote; `TrajectoryError` for any other file."""
+        tensors, metadata = read_safetensors(path)
+        trajectory = Trajectory.unpack(tensors, metadata, str(path))
+        if "image" not in tensors or "model_size" not in tensors:
+            raise TrajectoryError(f"{path}: a trajectory without its picture; read it with Trajectory.load")
+        image = Image.fromarray(tensors["image"].numpy())
+        width, height = tensors["model_size"].tolist()
+        return cls(trajectory, image, Frame(image.size, (width, height)), tensors.get("subject"))

@@ -1,0 +1,44 @@
+"""From the weights of a run to a model folder in the layout of the public checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler
+from safetensors.torch import load_file
+
+from p2p_subject.blip_diffusion import BlipDiffusionPipeline, BlipImageProcessor
+from p2p_subject.blip_diffusion.word_pieces import load_prompt_tokenizer, load_word_pieces
+from p2p_subject.training import world
+from p2p_subject.training.representation import MEAN, SCHEDULER, STD, RepresentationTrainer
+from p2p_subject.training.tokenizers import save_clip_tokenizer, save_word_piece_tokenizer
+
+
+def assemble(weights: Path, vae_folder: Path, tokenizers: Path) -> BlipDiffusionPipeline:
+    """Build the pipeline of a run's `ema.safetensors`; writes the tokenizers' files into `tokenizers`."""
+    trainer = RepresentationTrainer()
+    trainer.load_state_dict(load_file(weights))
+    save_clip_tokenizer(tokenizers / "tokenizer")
+    save_word_piece_tokenizer(tokenizers / "qformer_tokenizer")
+    side = {"height": world.SIZE, "width": world.SIZE}
+    # PNDM, as in the public checkpoint; it takes the noise levels and the v-prediction of the training.
+    scheduler = {key: value for key, value in SCHEDULER.items() if key != "clip_sample"} | {"skip_prk_steps": True}
+    return BlipDiffusionPipeline(
+        tokenizer=load_prompt_tokenizer(tokenizers / "tokenizer"),
+        text_encoder=trainer.text_encoder.eval(),
+        vae=AutoencoderKL.from_pretrained(vae_folder).eval(),
+        unet=trainer.unet.eval(),
+        scheduler=PNDMScheduler(**scheduler),
+        qformer=trainer.qformer.eval(),
+        image_processor=BlipImageProcessor(size=side, image_mean=list(MEAN), image_std=list(STD)),
+        qformer_tokenizer=load_word_pieces(tokenizers / "qformer_tokenizer"),
+        mean=list(MEAN),
+        std=list(STD),
+    )
+
+
+def export(run: Path, vae_folder: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write the averaged weights of a run as a model folder, in half precision."""
+    out.mkdir(parents=True, exist_ok=True)
+    assemble(run / "ema.safetensors", vae_folder, out).to(dtype).save_pretrained(out)
