@@ -100,7 +100,8 @@ def _maps(query: Tensor, key: Tensor, scale: float, control: StepControl, sink: 
     for k, (source, target) in enumerate(zip(control.sources, control.targets)):
         if target in sink.rows:
             at = sink.rows.index(target)
-            maps[at] = probabilities([source])[0] @ control.from_source[k] + maps[at] * control.from_target[k]
+            followed = probabilities([source])[0] @ control.from_source[k].to(maps.dtype)
+            maps[at] = followed + maps[at] * control.from_target[k].to(maps.dtype)
     return maps
 
 
@@ -132,7 +133,7 @@ def controlled_attention(unet: UNet2DConditionModel) -> Iterator[None]:
 def map_size(unet: UNet2DConditionModel, latent_size: tuple[int, int], wanted: int = 16) -> tuple[int, int]:
     """Size (h, w) of the cross-attention maps that masks are read from, for latents of `latent_size`.
 
-    Of the resolutions that have cross-attention, the one whose longer side is nearest to `wanted` (16, where the published
+    Of the resolutions that have cross-attention, the one whose area is nearest to `wanted` squared (16x16, where the published
     code reads its maps at 512x512 pixels: finer layers follow texture, coarser ones lose the outline).
     """
     height, width = latent_size
@@ -141,4 +142,4 @@ def map_size(unet: UNet2DConditionModel, latent_size: tuple[int, int], wanted: i
         if "CrossAttn" in kind:
             sizes.append((height, width))
         height, width = math.ceil(height / 2), math.ceil(width / 2)
-    return min(sizes, key=lambda size: abs(math.log(max(size) / wanted)))
+    return min(sizes, key=lambda size: abs(math.log(size[0] * size[1] / wanted**2)))

@@ -8,6 +8,8 @@ from p2p_subject.errors import ModelError
 
 __all__ = ["require_fit"]
 
+_CURE = "Take all of them from one checkpoint, or build them with matching sizes."
+
 
 def require_fit(
     *,
@@ -64,6 +66,3 @@ def _at_most(left: str, a: int, right: str, b: int) -> None:
         raise ModelError(
             f"{left} number {a}, {right} only {b}: these components do not belong together. {_CURE}"
         )
-
-
-_CURE = "Take all of them from one checkpoint, or build them with matching sizes."

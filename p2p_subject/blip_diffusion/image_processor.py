@@ -231,7 +231,10 @@ def _rgb_array(picture: Image.Image, convert: bool) -> np.ndarray:
         )
     if 0 in picture.size:
         raise ImageError(f"a picture has size {picture.size}; expected width and height above zero.")
-    return np.asarray(picture.convert("RGB"))
+    try:
+        return np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise ImageError(f"a picture cannot be decoded ({error}); its file is damaged.") from error
 
 
 def _center_crop(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

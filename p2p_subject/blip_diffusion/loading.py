@@ -1,5 +1,4 @@
-"""From a folder or a hub name to the components of a BLIP-Diffusion pipeline, or to an error that says what
-is wrong.
+"""From a folder or a hub name to the components of a pipeline, or to an error that says what is wrong.
 
 Only JSON, safetensors and tokenizer files are opened: nothing is unpickled and no code of a model repository
 is run. The network classes are fixed; a `model_index.json` cannot name others.
@@ -48,6 +47,7 @@ _FILES = {
     "qformer": "config.json",
     "image_processor": "preprocessor_config.json",
 }
+_STEMS = ("model", "diffusion_pytorch_model")
 _DEFAULT_WORD_PIECES = "bert-base-uncased"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -114,9 +114,6 @@ def _download(name: str, variant: str | None, options: dict[str, Any]) -> Path:
             f"{name!r} is no local folder and cannot be downloaded ({type(error).__name__}: {error}). Check "
             "the name and the connection, or pass the folder of a downloaded model."
         ) from error
-
-
-_STEMS = ("model", "diffusion_pytorch_model")
 
 
 def load_component(name: str, folder: Path, options: LoadOptions) -> Any:

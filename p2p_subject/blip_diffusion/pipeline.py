@@ -9,28 +9,31 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+# Types alone would do below, but diffusers evaluates the annotations of a pipeline's constructor.
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import BertTokenizer, CLIPTokenizer
 
 from p2p_subject.blip_diffusion import arguments as check
 from p2p_subject.blip_diffusion.checkpoint import CheckpointMixin
 from p2p_subject.blip_diffusion.encoding import EncodingMixin
 from p2p_subject.blip_diffusion.fit import require_fit
-from p2p_subject.blip_diffusion.image_processor import is_batch
+from p2p_subject.blip_diffusion.image_processor import BlipImageProcessor, Picture, is_batch
 from p2p_subject.blip_diffusion.modes import inference
+from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
+from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
 from p2p_subject.errors import NonFiniteError, SubjectError
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-    from transformers import BertTokenizer, CLIPTokenizer
-
-    from p2p_subject.blip_diffusion.image_processor import BlipImageProcessor, Picture
-    from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
-    from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
 
 __all__ = ["BlipDiffusionPipeline"]
 
@@ -101,7 +104,7 @@ class BlipDiffusionPipeline(CheckpointMixin, EncodingMixin, DiffusionPipeline):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def predict_noise(self, latents: Tensor, timestep: Tensor, contexts: Tensor) -> Tensor:
-        """Call the U-Net on latents (R, C, h, w) with contexts (R, L, D); structure control overrides this."""
+        """Call the U-Net on latents (R, C, h, w), contexts (R, L, D); structure control overrides this."""
         return self.unet(latents, timestep, encoder_hidden_states=contexts).sample
 
     @inference

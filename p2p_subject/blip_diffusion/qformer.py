@@ -191,7 +191,7 @@ class _Output(nn.Module):
 
 
 class _Projection(nn.Module):
-    """Norm, two linear layers, residual; where the widths differ, the residual has a linear map of its own."""
+    """Norm, two linear layers, residual; the residual has a linear map where the widths differ."""
 
     def __init__(self, width: int, output_width: int, dropout: float) -> None:
         super().__init__()

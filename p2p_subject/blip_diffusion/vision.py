@@ -1,4 +1,4 @@
-"""The image encoder of the Q-Former: CLIP's ViT with the output of every patch (BLIP-Diffusion, section 3.1)."""
+"""The image encoder of the Q-Former: CLIP's ViT with every patch's output (BLIP-Diffusion, section 3.1)."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_prompt_tokenizer", "load_word_pieces", "save_prompt_tokenizer", "save_word_pieces"]
 
+_PROMPT_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _HOW = (
     "Pass qformer_tokenizer= a folder that holds BERT's vocab.txt (of bert-base-uncased for the public "
     "checkpoint), or a name from which it can be downloaded."
@@ -80,9 +81,6 @@ def load_prompt_tokenizer(folder: str | Path) -> CLIPTokenizer:
             "Download the model again."
         )
     return CLIPTokenizer.from_pretrained(folder)
-
-
-_PROMPT_FILES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 
 
 def save_prompt_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:

@@ -1,0 +1,177 @@
+"""The command line: arguments become an `EditSpec` and calls of `Editor`; results become files and a few lines of text.
+
+Nothing heavy is imported before the arguments are read, so that `--help` and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from p2p_subject import __version__
+
+PROGRAM = "p2p-subject"
+
+
+class UsageError(Exception):
+    """The arguments themselves are wrong; nothing was started."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; nothing is imported for it."""
+    top = _Parser(prog=PROGRAM, description="Put this dog in that photo: subject-driven image editing.", allow_abbrev=False)
+    top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
+
+    edit = command("edit", "put a subject in the place of a word of a picture, or edit by prompt alone")
+    _source_arguments(edit)
+    edit.add_argument("--swap", type=_word, metavar="WORD", help="word of the prompt to replace; WORD#1 for its second place")
+    _subject_arguments(edit)
+    edit.add_argument("--target-prompt", metavar="TEXT", help="prompt of the result (default: follows from --swap, --category)")
+    edit.add_argument("--out", required=True, metavar="FILE", help="the edited picture (.png, .jpg, .webp, .tif or .bmp)")
+    edit.add_argument("--mask-out", metavar="FILE", help="write where the picture was allowed to change")
+    edit.add_argument("--sheet", metavar="FILE", help="write source, subject, attention, mask and result on one sheet")
+    edit.add_argument("--mask", metavar="PICTURE", help="change only what is white here, instead of where the attention is")
+    edit.add_argument("--cross-replace", type=_window, metavar="F", help="share of steps with the source's layout (default 0.8)")
+    edit.add_argument("--self-replace", type=_window, metavar="F", help="same, of its shapes; or START,STOP (default 0.4)")
+    edit.add_argument("--threshold", type=float, metavar="F", help="0 to 1: higher makes the mask smaller (default: the rule's)")
+    edit.add_argument("--rule", choices=("share", "peak"), help="how attention becomes a mask (default share)")
+    edit.add_argument("--no-paste", dest="paste", action="store_false", help="do not put back the original pixels outside the mask")
+    edit.add_argument("--save-source", metavar="FILE", help="keep the inverted picture (.safetensors) as SOURCE of later edits")
+    _common_arguments(edit)
+    _guidance_arguments(edit)
+
+    generate = command("generate", "generate a picture, of a subject if one is given")
+    generate.add_argument("prompt", metavar="PROMPT", help='such as "a dog on grass"; a subject stands behind its first word')
+    _subject_arguments(generate)
+    generate.add_argument("--out", required=True, metavar="FILE", help="the picture (.png, .jpg, .webp, .tif or .bmp)")
+    generate.add_argument("--save-source", metavar="FILE", help="keep the generation (.safetensors) as SOURCE of later edits")
+    _common_arguments(generate)
+    _guidance_arguments(generate)
+
+    heatmap = command("heatmap", "show where the attention to words of a prompt lies in a picture")
+    _source_arguments(heatmap)
+    heatmap.add_argument("--words", nargs="+", required=True, type=_word, metavar="WORD", help="words of the prompt, a panel each")
+    heatmap.add_argument("--rule", choices=("share", "peak"), help="the word's share at each pixel, or its map (default peak)")
+    heatmap.add_argument("--out", required=True, metavar="FILE", help="the panels on one sheet")
+    _common_arguments(heatmap)
+
+    demo = command("demo", "swap unseen subjects into unseen scenes, beside the true answers")
+    demo.add_argument("--out", default="demo", metavar="FOLDER", help="where the pictures go (default %(default)s)")
+    _common_arguments(demo)
+    _guidance_arguments(demo, negative=False)
+
+    _model_arguments(command("info", "say what is loaded, from where, and what runs on which device"))
+    return top
+
+
+def _source_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("source", metavar="SOURCE", help="a picture, or a *.safetensors file that --save-source wrote")
+    own.add_argument("--prompt", metavar="TEXT", help="describes the picture; needed unless SOURCE is a saved one")
+
+
+def _subject_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--subject", action="append", metavar="PICTURE", help="picture of the subject; give it again for more")
+    own.add_argument("--category", metavar="WORD", help="what the subject is, such as dog")
+
+
+def _common_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--seed", type=_seed, metavar="N", help="of everything random; only new pictures draw noise")
+    own.add_argument("--steps", type=int, metavar="N", help="steps of inversion and sampling (default 50, or a saved source's)")
+    _model_arguments(own)
+
+
+def _guidance_arguments(own: argparse.ArgumentParser, *, negative: bool = True) -> None:
+    own.add_argument("--guidance-scale", type=_scale, metavar="F", help="how strongly the prompt counts (default: the model's)")
+    if negative:
+        own.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the result should not show")
+
+
+def _model_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--model", metavar="NAME", help="folder or hub name (default: the miniature that comes with the library)")
+    own.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: the first accelerator, else cpu)")
+    own.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default %(default)s")
+    own.add_argument("--json", action="store_true", help="write one JSON object to stdout, for errors too")
+
+
+def _word(text: str) -> str | tuple[str, int]:
+    word, _, index = text.rpartition("#")
+    return (word, int(index)) if word and index.isdecimal() else text
+
+
+def _window(text: str) -> float | tuple[float, ...]:
+    values = [_number(part, float, 0, 1, "a share of the steps, 0 to 1, or START,STOP") for part in text.split(",")]
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
+
+
+def _scale(text: str) -> float:
+    return _number(text, float, 0, sys.float_info.max, "a number of 0 or more, such as 7.5")
+
+
+def _number(text: str, kind: Callable[[str], Any], low: float, high: float, expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected {expected}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    as_json = "--json" in argv
+    try:
+        arguments = parser().parse_args(argv)
+    except UsageError as error:
+        return _fail(error, 2, as_json)
+    # Read by these libraries when they are imported; a user who has set them keeps them.
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|huggingface_hub)\b")
+            from p2p_subject import commands, demo
+            from p2p_subject.errors import P2PSubjectError
+
+            run = demo.command if arguments.command == "demo" else getattr(commands, arguments.command)
+            try:
+                started = time.perf_counter()
+                report, lines = run(arguments)
+            except P2PSubjectError as error:
+                return _fail(error, 2, as_json)
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), 130, as_json)
+    report = {"command": arguments.command, **report, "seconds": round(time.perf_counter() - started, 3)}
+    print(json.dumps(report) if as_json else "\n".join(lines))
+    return 0
+
+
+def _fail(error: BaseException, code: int, as_json: bool) -> int:
+    message = " ".join(str(error).split())
+    if type(error).__name__ == "AmbiguousWordError":
+        message += " Here it is written WORD#INDEX, such as cat#0."
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "message": message}))
+    return code

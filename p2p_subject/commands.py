@@ -1,0 +1,283 @@
+"""What the commands of the command line do: each takes the parsed arguments and returns a report and lines of text.
+
+Everything that can be wrong is checked before a network runs, and files are written once all results are there.
+"""
+
+from __future__ import annotations
+
+import platform
+import secrets
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from p2p_subject import __version__
+from p2p_subject.edits import Blend, EditSpec, Subject, Word
+from p2p_subject.errors import ModelError, OutputError, PromptError, StepsError, SubjectError
+from p2p_subject.images import load_image, load_mask
+from p2p_subject.outputs import IMAGE_FORMATS, atomic_path, check_target, save_image
+from p2p_subject.prompts import describe
+from p2p_subject.source import Source
+from p2p_subject.viz import contact_sheet, edit_sheet, mask_area, overlay, panel_for
+
+if TYPE_CHECKING:
+    from p2p_subject.editor import Editor
+
+Report = tuple[dict[str, Any], list[str]]
+"""What a program reads (JSON-able), and what a person reads."""
+
+SAVED_SOURCE = (".safetensors",)
+
+
+def edit(arguments: Namespace) -> Report:
+    """Edit a picture or a saved source."""
+    targets = _targets(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
+    blend = Blend(**given(arguments, "rule", "threshold"))
+    changes = given(arguments, "swap", "cross_replace", "self_replace")
+    spec = EditSpec(prompt=arguments.target_prompt, subject=_subject(arguments), blend=blend, **changes)
+    if "mask" in targets and spec.swap is None and arguments.mask is None:
+        raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
+    opened, prompt = _open(arguments)
+    if arguments.mask is not None:
+        load_mask(arguments.mask, getattr(opened, "image", opened).size)
+    editor = load_editor(arguments)
+    source = _invert(editor, arguments, opened, prompt, spec)
+    result = editor.edit(
+        source,
+        spec,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
+        mask=arguments.mask,
+        paste=arguments.paste,
+    )
+    pictures = {"image": result.image, "mask": result.mask}
+    if "sheet" in targets:
+        pictures["sheet"] = edit_sheet(result, source.prompt)
+    outputs = _write(targets, pictures, source)
+    area = None if result.mask is None else mask_area(result.mask)
+    report = {
+        "outputs": outputs,
+        "prompt": result.prompt,
+        "source_prompt": source.prompt,
+        **run_report(editor, arguments, source),
+        "unet_rows": result.unet_rows,
+        "mask_area": area,
+    }
+    where = "all of the picture" if area is None else f"{area:.0%} of the picture"
+    return report, [f"{source.prompt!r} -> {result.prompt!r}; {where} was allowed to change", *listed(outputs)]
+
+
+def generate(arguments: Namespace) -> Report:
+    """Generate a picture, of a subject if one is given."""
+    targets = _targets(image=arguments.out, source=arguments.save_source)
+    subject = _subject(arguments)
+    if arguments.seed is None:
+        # Chosen here so that it can be told: any picture can be made again.
+        arguments.seed = secrets.randbelow(2**32)
+    editor = load_editor(arguments)
+    source = editor.generate(
+        arguments.prompt,
+        subject=subject,
+        negative_prompt=arguments.negative_prompt,
+        **given(arguments, "seed", "steps", "guidance_scale"),
+    )
+    outputs = _write(targets, {"image": source.image}, source)
+    report = {"outputs": outputs, "prompt": source.prompt, **run_report(editor, arguments, source)}
+    return report, [f"{source.prompt!r}, seed {arguments.seed}", *listed(outputs)]
+
+
+def heatmap(arguments: Namespace) -> Report:
+    """Show the attention to words of a picture's prompt."""
+    targets = _targets(image=arguments.out)
+    opened, prompt = _open(arguments)
+    editor = load_editor(arguments)
+    source = _invert(editor, arguments, opened, prompt, words=arguments.words)
+    names = [word if isinstance(word, str) else f"{word[0]}#{word[1]}" for word in arguments.words]
+    panels = [(f"“{prompt}”", source.image)]
+    for word, name in zip(arguments.words, names):
+        panels.append((f"“{name}”", overlay(source.image, editor.heatmap(source, word, **given(arguments, "rule")))))
+    outputs = _write(targets, {"image": contact_sheet([panels], panel=panel_for(source.image))}, source)
+    report = {"outputs": outputs, "prompt": prompt, "words": names, **run_report(editor, arguments, source)}
+    return report, [f"{prompt!r}: attention to {', '.join(names)}", *listed(outputs)]
+
+
+def info(arguments: Namespace) -> Report:
+    """Describe the model and what it runs on."""
+    editor = load_editor(arguments)
+    model = editor.model
+    pipeline, unet = model.pipeline, model.unet
+    networks = {
+        name: {
+            "class": type(part).__name__,
+            "parameters": sum(weight.numel() for weight in part.parameters()),
+            "dtype": str(next(part.parameters()).dtype).removeprefix("torch."),
+            "device": str(next(part.parameters()).device),
+        }
+        for name, part in pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    side, cells = round(model.area**0.5), unet.config.sample_size
+    report = {
+        "model": model.name,
+        "folder": _folder(arguments.model),
+        "fingerprint": model.fingerprint,
+        "device": str(model.device),
+        "devices": devices(),
+        "picture": [side, side],
+        "latent": [unet.config.in_channels, cells, cells],
+        "prompt_tokens": pipeline.text_encoder.config.max_position_embeddings,
+        "subject_tokens": pipeline.qformer.config.num_query_tokens,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "prediction": pipeline.scheduler.config.prediction_type,
+        "guidance_scale": model.guidance_scale,
+        "parameters": sum(network["parameters"] for network in networks.values()),
+        "networks": networks,
+        "versions": {
+            "p2p_subject": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "diffusers", "transformers")},
+        },
+    }
+    return report, _table(report)
+
+
+def _table(report: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, value in report.items():
+        if name == "networks":
+            lines += [
+                f"  {part:<14}{about['class']}, {about['parameters']:,} parameters, {about['dtype']} on {about['device']}"
+                for part, about in value.items()
+            ]
+            continue
+        if name == "versions":
+            value = ", ".join(f"{part} {about}" for part, about in value.items())
+        elif name in ("picture", "latent"):
+            value = "x".join(map(str, value))
+        elif name == "devices":
+            value = ", ".join(value)
+        elif name == "parameters":
+            value = f"{value:,}"
+        lines.append(f"{name.replace('_', ' '):<16}{value}")
+    return lines
+
+
+def _folder(name: str | None) -> str | None:
+    """The local folder that is loaded; None for a name on the hub."""
+    from p2p_subject.models import miniature_folder
+
+    folder = miniature_folder() if name is None else Path(name)
+    return str(folder.resolve()) if folder.is_dir() else None
+
+
+def given(arguments: Namespace, *names: str) -> dict[str, Any]:
+    """The named arguments that were given; for the others the library's own defaults hold."""
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def listed(outputs: dict[str, str]) -> list[str]:
+    """The paths of the outputs as lines of text."""
+    return [f"{name}: {path}" for name, path in outputs.items()]
+
+
+def run_report(editor: Editor, arguments: Namespace, source: Source) -> dict[str, Any]:
+    """What every command that runs the model reports."""
+    model = editor.model
+    scale = getattr(arguments, "guidance_scale", None)
+    return {
+        "seed": arguments.seed,
+        "steps": source.trajectory.schedule.steps,
+        "guidance_scale": model.guidance_scale if scale is None else scale,
+        "model": model.name,
+        "device": str(model.device),
+    }
+
+
+def load_editor(arguments: Namespace) -> Editor:
+    """Load the model that the arguments name onto the device that they name."""
+    # diffusers takes seconds to import; what can be checked before has been.
+    from p2p_subject.editor import Editor
+
+    name, available = arguments.device, devices()
+    if name is not None and name not in available and f"{name}:0" not in available:
+        raise ModelError(f"--device {name!r} is not here; available: {', '.join(available)}")
+    return Editor.from_pretrained(
+        arguments.model, dtype=getattr(torch, arguments.dtype), device=available[0] if name is None else name
+    )
+
+
+def devices() -> list[str]:
+    """Names of the devices that networks can run on, the best first."""
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def _targets(**paths: str | None) -> dict[str, Path]:
+    """The files to write, by name of the output."""
+    targets = {
+        name: check_target(path, SAVED_SOURCE if name == "source" else IMAGE_FORMATS)
+        for name, path in paths.items()
+        if path is not None
+    }
+    if len(set(targets.values())) < len(targets):
+        raise OutputError(f"one file is named for several outputs ({', '.join(map(str, targets.values()))}); name one for each")
+    return targets
+
+
+def _subject(arguments: Namespace) -> Subject | None:
+    if arguments.subject is not None:
+        return Subject(arguments.subject, arguments.category or "")
+    if arguments.category is not None:
+        raise SubjectError(f"--category {arguments.category!r} was given without a picture of it; add --subject PICTURE")
+    return None
+
+
+def _open(arguments: Namespace) -> tuple[Image.Image | Source, str]:
+    """The picture to invert, or the saved source, and its prompt."""
+    if Path(arguments.source).suffix.lower() not in SAVED_SOURCE:
+        picture = load_image(arguments.source, what="source")
+        if not (arguments.prompt or "").strip():
+            raise PromptError("a picture needs --prompt, a text that describes it, such as 'a cat on grass'")
+        return picture, arguments.prompt
+    source = Source.load(arguments.source)
+    if arguments.prompt not in (None, source.prompt):
+        raise PromptError(f"{arguments.source} was saved with the prompt {source.prompt!r}; leave --prompt out")
+    steps = source.trajectory.schedule.steps
+    if arguments.steps not in (None, steps):
+        raise StepsError(f"{arguments.source} has {steps} steps, not {arguments.steps}; leave --steps out")
+    return source, source.prompt
+
+
+def _invert(
+    editor: Editor,
+    arguments: Namespace,
+    opened: Image.Image | Source,
+    prompt: str,
+    spec: EditSpec | None = None,
+    words: Sequence[Word] = (),
+) -> Source:
+    """The source to work on, once all that will be asked of it has been checked against its prompt."""
+    model, saved = editor.model, isinstance(opened, Source)
+    layout = model.layout(prompt, subject=saved and opened.subject is not None)
+    for word in words:
+        layout.columns(*([word] if isinstance(word, str) else word))
+    if spec is not None:
+        describe(layout, spec, model.layout)
+        model.layout(arguments.negative_prompt)
+    return opened if saved else editor.invert(opened, prompt, **given(arguments, "steps"))
+
+
+def _write(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:
+    """Write every output that was asked for; returns the paths by name."""
+    for name, path in targets.items():
+        if name == "source":
+            with atomic_path(path) as temporary:
+                source.save(temporary)
+        else:
+            save_image(pictures[name], path)
+    return {name: str(path) for name, path in targets.items()}

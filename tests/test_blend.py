@@ -1,0 +1,98 @@
+"""Mask rules and blending: pure, bounded, never NaN."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from p2p_subject.blend import RULES, binary_mask, blend, competitors, peak, region, rule_of, share
+from p2p_subject.errors import EditSpecError
+from p2p_subject.tokens import layout
+from p2p_subject.training.tokenizers import save_clip_tokenizer
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@st.composite
+def attention(draw) -> torch.Tensor:
+    """Maps (T, h, w) that sum to one over T, some of them exactly zero."""
+    height, width = draw(sizes)
+    tokens = draw(st.integers(3, 7))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    maps = torch.rand(tokens, height, width, generator=generator) ** draw(st.integers(1, 8))
+    if draw(st.booleans()):
+        maps[: draw(st.integers(1, tokens))] = 0
+    return maps / maps.sum(0).clamp_min(1e-30)
+
+
+@given(maps=attention(), rule=st.sampled_from(sorted(RULES)), size=sizes)
+@settings(deadline=None)
+def test_scores_are_bounded_and_finite_whatever_the_maps(maps: torch.Tensor, rule: str, size: tuple[int, int]) -> None:
+    score = region(maps, (0, 1), (2,), RULES[rule][0], size)
+    assert score.shape == size and torch.isfinite(score).all()
+    assert score.min() >= 0 and score.max() <= 1 + 1e-6
+
+
+@given(maps=attention(), rule=st.sampled_from(sorted(RULES)), low=st.floats(0, 1), high=st.floats(0, 1), grow=st.integers(0, 2))
+@settings(deadline=None)
+def test_masks_shrink_with_the_threshold_and_grow_with_grow(maps, rule, low, high, grow) -> None:
+    low, high = sorted((low, high))
+    score = RULES[rule][0](maps, (0,), (2,))
+    wide, narrow = binary_mask([score], low, grow), binary_mask([score], high, grow)
+    assert (narrow <= wide).all() and set(wide.unique().tolist()) <= {0.0, 1.0}
+    assert (binary_mask([score], high) <= narrow).all()
+
+
+@given(first=attention(), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_the_mask_of_two_prompts_is_the_union_of_their_masks(first: torch.Tensor, seed: int) -> None:
+    other = torch.rand(first.shape[1:], generator=torch.Generator().manual_seed(seed))
+    both = binary_mask([first[0], other], 0.3)
+    assert torch.equal(both.bool(), binary_mask([first[0]], 0.3).bool() | binary_mask([other], 0.3).bool())
+
+
+def test_share_covers_an_object_of_which_peak_sees_the_peak() -> None:
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[2:6, 2:6] = True
+    word = torch.where(inside, 0.02, 0.001)
+    word[3, 3] = 0.5
+    background = torch.where(inside, 0.002, 0.05)
+    maps = torch.stack([1 - word - background, word, background])
+    assert torch.equal(binary_mask([share(maps, (1,), (2,))], 0.3).bool(), inside)
+    assert binary_mask([peak(maps, (1,), (2,))], 0.3).sum() == 9  # the peak, max-pooled 3x3
+
+
+def test_a_word_list_for_one_prompt_only_gives_no_nan() -> None:
+    """The published code divides the other prompt's empty map by its maximum: 0 / 0."""
+    maps = torch.rand(4, 5, 5)
+    assert torch.equal(share(maps, (), (2,)), torch.zeros(5, 5)) and torch.equal(peak(maps, (), ()), torch.zeros(5, 5))
+
+
+@given(seed=st.integers(0, 99), height=st.integers(1, 5), width=st.integers(1, 5))
+@settings(deadline=None)
+def test_blend_selects_and_is_exact(seed: int, height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    edited, source = torch.randn(2, 4, height, width, generator=generator)
+    mask = (torch.rand(height, width, generator=generator) > 0.5).float()
+    mixed = blend(edited, source, mask)
+    assert torch.equal(mixed[:, mask == 1], edited[:, mask == 1]) and torch.equal(mixed[:, mask == 0], source[:, mask == 0])
+    assert torch.equal(blend(torch.full_like(edited, np.inf), source, torch.zeros(height, width)), source)
+
+
+def test_an_unknown_rule_lists_the_known_ones() -> None:
+    with pytest.raises(EditSpecError, match=r"Did you mean 'share'.*\['peak', 'share'\]"):
+        rule_of("shar")
+
+
+def test_competitors_are_the_other_content_words_or_the_end(tmp_path) -> None:
+    save_clip_tokenizer(tmp_path)
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    seen = layout(tokenizer, "a cat on the grass", subject_queries=2, max_length=16)
+    assert competitors(seen, seen.columns("cat")) == seen.columns("grass")
+    assert not set(competitors(seen, seen.columns("grass"))) & set(seen.subject)
+    alone = layout(tokenizer, "a cat", max_length=16)
+    assert competitors(alone, alone.columns("cat")) == tuple(range(alone.end, alone.length))

@@ -1,0 +1,198 @@
+"""Attention control: the fused path against explicit maps, scoped installation, counted rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2p_subject.alignment import Alignment
+from p2p_subject.attention import ControlledAttention, controlled_attention, map_size
+from p2p_subject.controller import Controller, MapSink, StepControl, compile_edits, within
+from p2p_subject.edits import EditSpec
+from p2p_subject.errors import HookError
+from p2p_subject.tokens import TokenLayout
+
+TOKENS, WIDTH = 6, 8
+
+
+def tiny_unet(**changes) -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    config = dict(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return UNet2DConditionModel(**(config | changes)).eval()
+
+
+class ExplicitMaps:
+    """The oracle: the published chain, written from its formula on materialised maps.
+
+    replace or refine -> reweight -> gate:  edited = ((A M + B (1 - c)) w) g + B (1 - g)
+    """
+
+    def __init__(self, edits: list[dict], self_pixels: int) -> None:
+        self.edits, self.self_pixels, self.seen = edits, self_pixels, []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+        cross = encoder_hidden_states is not None
+        context = encoder_hidden_states if cross else hidden_states
+        q, k, v = (attn.head_to_batch_dim(f(x)) for f, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context)))
+        maps = (q @ k.transpose(1, 2) * attn.scale).softmax(-1).unflatten(0, (len(hidden_states), -1))  # (B, H, Q, T)
+        pixels = maps.shape[2]
+        source = maps[0].clone()
+        for number, edit in enumerate(self.edits):
+            row = 1 + len(self.edits) + number
+            if cross:
+                own = maps[row]
+                mixed = source @ edit["M"] + own * (1 - edit["c"])
+                maps[row] = mixed * edit["w"] * edit["g"] + own * (1 - edit["g"])
+            elif pixels <= self.self_pixels:
+                maps[row] = source
+        if cross:
+            self.seen.append((pixels, maps.mean(1)))
+        out = maps.flatten(0, 1) @ v
+        return attn.to_out[0](attn.batch_to_head_dim(out))
+
+
+def random_edit(draw_seed: int, gate: float) -> dict:
+    generator = torch.Generator().manual_seed(draw_seed)
+    covered = (torch.rand(TOKENS, generator=generator) < 0.6).double()
+    matrix = torch.rand(TOKENS, TOKENS, generator=generator, dtype=torch.float64) * covered
+    weights = torch.randn(TOKENS, generator=generator, dtype=torch.float64) * 2
+    return {"M": matrix, "c": covered, "w": weights, "g": gate}
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 3), gate=st.sampled_from([0.0, 1.0]), side=st.sampled_from([0, 4, 8]))
+@settings(deadline=None, max_examples=25)
+def test_changed_values_equal_changed_maps(seed: int, count: int, gate: float, side: int) -> None:
+    unet = tiny_unet().double()
+    edits = [random_edit(seed + k, gate) for k in range(count)]
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(1 + 2 * count, 4, 8, 8, generator=generator, dtype=torch.float64)
+    context = torch.randn(1 + 2 * count, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
+    control = Controller(
+        steps=2,
+        specs=tuple(EditSpec(prompt="x", cross_replace=gate, self_replace=1.0) for _ in edits),
+        matrices=torch.stack([e["M"] * e["w"] for e in edits]),
+        from_target=torch.stack([(1 - e["c"]) * e["w"] for e in edits]),
+        self_pixels=(side * side,) * count,
+    )
+    sink = MapSink(rows=tuple(range(1 + 2 * count)), pixels=16)
+    with torch.no_grad(), controlled_attention(unet):
+        step = control.at(0, sink)
+        ours = unet(latents, 500, context, cross_attention_kwargs={"control": step}).sample
+    oracle = ExplicitMaps(edits, side * side)
+    unet.set_attn_processor(oracle)
+    with torch.no_grad():
+        theirs = unet(latents, 500, context).sample
+    assert (ours - theirs).abs().max() < 1e-10
+    read = torch.stack([maps for pixels, maps in oracle.seen if pixels == 16]).mean(0)
+    assert (sink.mean() - read).abs().max() < 1e-6  # read in float32
+
+
+def test_without_a_control_the_network_computes_what_it_did() -> None:
+    unet = tiny_unet()
+    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, TOKENS, WIDTH)
+    with torch.no_grad():
+        before = unet(latents, 10, context).sample
+        with controlled_attention(unet):
+            inside = unet(latents, 10, context).sample
+            silent = unet(latents, 10, context, cross_attention_kwargs={"control": StepControl(rows=2)}).sample
+        after = unet(latents, 10, context).sample
+    assert torch.equal(before, inside) and torch.equal(before, silent) and torch.equal(before, after)
+
+
+def test_an_identity_edit_of_equal_rows_is_the_plain_run() -> None:
+    unet = tiny_unet().double()
+    latents = torch.randn(1, 4, 8, 8, dtype=torch.float64).expand(3, -1, -1, -1)
+    context = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64).expand(3, -1, -1)
+    step = StepControl(3, (0,), (2,), torch.eye(TOKENS).double()[None], torch.zeros(1, TOKENS).double(), self_pixels=64)
+    with torch.no_grad(), controlled_attention(unet):
+        edited = unet(latents, 10, context, cross_attention_kwargs={"control": step}).sample
+    with torch.no_grad():
+        plain = unet(latents, 10, context).sample
+    assert (edited - plain).abs().max() < 1e-12
+
+
+def test_the_number_of_rows_is_checked_in_the_processor() -> None:
+    unet = tiny_unet()
+    with controlled_attention(unet), pytest.raises(HookError, match="called with 2 rows, the control was compiled for 3"):
+        unet(torch.zeros(2, 4, 8, 8), 1, torch.zeros(2, TOKENS, WIDTH), cross_attention_kwargs={"control": StepControl(3)})
+
+
+def test_processors_are_restored_after_an_exception() -> None:
+    unet = tiny_unet()
+    before = dict(unet.attn_processors)
+    with pytest.raises(RuntimeError, match="stop"), controlled_attention(unet):
+        assert {type(p) for p in unet.attn_processors.values()} == {ControlledAttention}
+        raise RuntimeError("stop")
+    assert unet.attn_processors == before and len(before) == 14
+
+
+def test_foreign_processors_are_never_dropped_in_silence() -> None:
+    class Foreign(AttnProcessor2_0):
+        pass
+
+    unet = tiny_unet()
+    unet.set_attn_processor(Foreign())
+    with pytest.raises(HookError, match="14 attention layers carry Foreign"), controlled_attention(unet):
+        pass
+    assert {type(p) for p in unet.attn_processors.values()} == {Foreign}
+
+
+def test_a_network_without_cross_attention_is_refused() -> None:
+    unet = tiny_unet(
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), mid_block_type=None
+    )
+    with pytest.raises(HookError, match="nothing to control"), controlled_attention(unet):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("latent", "expected"),
+    [((8, 8), (8, 8)), ((32, 32), (16, 16)), ((64, 64), (32, 32)), ((16, 24), (16, 24)), ((64, 96), (32, 48)), ((9, 31), (9, 31)), ((31, 33), (16, 17))],
+)
+def test_maps_are_read_where_their_area_is_nearest_to_sixteen_squared(latent, expected) -> None:
+    assert map_size(tiny_unet(), latent) == expected
+
+
+def test_the_maps_that_are_announced_are_the_maps_that_come() -> None:
+    unet = tiny_unet()
+    for size in ((8, 8), (16, 24), (12, 36), (10, 30)):
+        height, width = map_size(unet, size)
+        sink = MapSink((0,), height * width)
+        with torch.no_grad(), controlled_attention(unet):
+            control = StepControl(rows=1, sink=sink)
+            unet(torch.zeros(1, 4, *size), 1, torch.zeros(1, TOKENS, WIDTH), cross_attention_kwargs={"control": control})
+        assert sink.mean().shape == (1, height * width, TOKENS)
+        assert torch.allclose(sink.mean().sum(-1), torch.ones(1))
+
+
+@given(start=st.floats(0, 1), stop=st.floats(0, 1), steps=st.integers(1, 100))
+def test_windows_are_contiguous_and_disjoint_windows_share_no_step(start: float, stop: float, steps: int) -> None:
+    start, stop = sorted((start, stop))
+    inside = [i for i in range(steps) if within((start, stop), i, steps)]
+    assert inside == list(range(int(start * steps), int(stop * steps)))
+    assert not {i for i in range(steps) if within((stop, 1.0), i, steps)} & set(inside)
+    assert all(within((0.0, 1.0), i, steps) for i in range(steps))
+
+
+def test_compiled_weights_and_windows() -> None:
+    layout = TokenLayout("a cat", (1, 5, 6, 2, 2, 2), (None, (0, 1), (2, 5), None, None, None), range(0))
+    alignment = Alignment(torch.eye(TOKENS), torch.ones(TOKENS))
+    spec = EditSpec(prompt="a cat", cross_replace=(0.0, 0.5), self_replace=(0.5, 1.0), weights={"cat": 3.0})
+    controller = compile_edits([spec], [alignment], [layout], 4, (16, 8))
+    first, last = controller.at(0), controller.at(3)
+    assert controller.rows == first.rows == 3 and first.targets == (2,) and first.sources == (0,)
+    assert torch.equal(first.from_source[0], torch.diag(torch.tensor([1.0, 1, 3, 1, 1, 1]))) and first.self_pixels == 0
+    assert last.from_source is None and last.self_pixels == 8 * 4
