@@ -14,8 +14,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +73,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to the same shape."""
-        inner = F.relu(self.first_norm(self.first(x)))
-        return F.relu(x + self.second_norm(self.second(inner)))
+        return F.relu(x + self.second_norm(self.second(F.relu(self.first_norm(self.first(x))))))
 
 
 def _halve(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
@@ -89,7 +89,7 @@ class JudgeNet(nn.Module):
         a, b, c, d = widths
         self.body = nn.Sequential(
             _halve(3, a, 5), _halve(a, b), Residual(b), _halve(b, c), Residual(c), _halve(c, d), Residual(d)
-        )  # fmt: skip
+        )
         self.heads = nn.Linear(2 * d, sum(HEADS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -117,9 +117,9 @@ class Judge:
     def load(cls, path: str | Path | None = None) -> Judge:
         """Read weights; None for those beside this file."""
         network = JudgeNet()
-        saved = load_file(path or WEIGHTS)
-        counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
-        network.load_state_dict({name: value.float() for name, value in saved.items()} | counters)
+        saved = {name: value.float() for name, value in load_file(path or WEIGHTS).items()}
+        # Everything but the norms' step counters, which are not stored.
+        network.load_state_dict(network.state_dict() | saved)
         return cls(network)
 
     @torch.no_grad()
@@ -133,12 +133,8 @@ class Judge:
         parts = zip(joint.sum(2), joint.sum(1), natural[:, 0].sigmoid().tolist(), hue.tolist(), background.softmax(1))
         found = []
         for category, source, plain, (cos, sin), ground in parts:
-            confidences = {
-                "category": category.max().item(),
-                "source": source.max().item(),
-                "natural": max(plain, 1 - plain),
-                "background": ground.max().item(),
-            }
+            sure = {"category": category, "source": source, "background": ground}
+            confidences = {name: values.max().item() for name, values in sure.items()} | {"natural": max(plain, 1 - plain)}
             angle = None if plain > 0.5 else math.degrees(math.atan2(sin, cos)) % 360
             names = CATEGORIES[category.argmax()], SOURCES[source.argmax()], angle, BACKGROUNDS[ground.argmax()]
             found.append(Verdict(*names, confidences))
@@ -171,11 +167,10 @@ def loss_of(outputs: tuple[Tensor, ...], labels: dict[str, Tensor]) -> Tensor:
 
 def soften(images: Tensor) -> Tensor:
     """Blur and noise of random strength, per picture: (B, 3, S, S) in [-1, 1] to about the same range."""
-    count, device = len(images), images.device
 
     def strength(most: float) -> Tensor:
         # Squared, so that half of the pictures stay nearly as they are.
-        return most * torch.rand(count, 1, 1, 1, device=device).square()
+        return most * torch.rand(len(images), 1, 1, 1).square()
 
     blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     coarse = F.interpolate(torch.randn_like(images[..., ::4, ::4]), images.shape[-2:], mode="bilinear")
@@ -188,16 +183,16 @@ def scene_batch(split: str, indices: Sequence[int]) -> tuple[np.ndarray, list[wo
     return np.stack([world.draw(spec).image for spec in specs]), specs
 
 
-def accuracy(verdicts: Sequence[Verdict], looks: Sequence[Look], backgrounds: Sequence[str]) -> dict[str, float]:
+def accuracy(verdicts: Sequence[Verdict], specs: Sequence[world.SceneSpec]) -> dict[str, float]:
     """Shares in [0, 1] of right categories, looks, both at once, and backgrounds."""
-    category = np.array([right_category(v, look) for v, look in zip(verdicts, looks)])
-    look = np.array([right_look(v, wanted) for v, wanted in zip(verdicts, looks)])
-    ground = np.array([v.background == name for v, name in zip(verdicts, backgrounds)])
+    category = np.array([right_category(verdict, spec.look) for verdict, spec in zip(verdicts, specs)])
+    look = np.array([right_look(verdict, spec.look) for verdict, spec in zip(verdicts, specs)])
+    ground = np.array([verdict.background == spec.background for verdict, spec in zip(verdicts, specs)])
     shares = {"category": category, "look": look, "both": category & look, "background": ground}
     return {name: float(values.mean()) for name, values in shares.items()}
 
 
-def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3, minimum_rate: float = 0.01) -> Path:
+def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3) -> Path:
     """Train for `minutes` of wall time in all and return the averaged weights' file; goes on from a checkpoint in `out`.
 
     The learning rate falls as a cosine of the time used, every scene is a new one.
@@ -208,13 +203,25 @@ def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3, minimu
     network = JudgeNet().to(memory_format=torch.channels_last).train()
     average = {name: value.detach().clone().float() for name, value in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
-    step, used = _resume(out, network, optimizer, average)
+    step, used, path = 0, 0.0, out / "checkpoint.pt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        step, used, average = state["step"], state["used"], state["average"]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
     began = time.monotonic() - used
-    bar = tqdm(desc="judge", unit="step", initial=step, disable=None)
+
+    def checkpoint() -> None:
+        # Everything of one step in one file, so that a kill leaves no parts of two.
+        state = {"step": step, "used": time.monotonic() - began, "average": average}
+        state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+        _write(path, partial(torch.save, state))
+
+    bar = tqdm(desc="judge", initial=step, disable=None)
     while (progress := (time.monotonic() - began) / (60 * minutes)) < 1:
         warmth = min(1.0, (step + 1) / 100)
         for group in optimizer.param_groups:
-            group["lr"] = rate * warmth * (minimum_rate + (1 - minimum_rate) * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = rate * warmth * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
         pictures, specs = scene_batch("judge", range(step * batch, (step + 1) * batch))
         images = soften(to_batch(pictures)).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -229,14 +236,14 @@ def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3, minimu
                 average[name].lerp_(value.float(), 1 - decay)
         bar.update()
         if step % 100 == 0:
-            _checkpoint(out, step, time.monotonic() - began, network, optimizer, average)
+            checkpoint()
             row = {"step": step, "seconds": round(time.monotonic() - began), "loss": round(loss.item(), 4)}
-            if step % 300 == 0:
-                row |= _validate(average)
+            row |= _validate(average) if step % 300 == 0 else {}
             with (out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
     bar.close()
-    _checkpoint(out, step, time.monotonic() - began, network, optimizer, average)
+    checkpoint()
+    _write(out / "average.safetensors", partial(save_file, average))
     return out / "average.safetensors"
 
 
@@ -244,61 +251,32 @@ def _validate(average: dict[str, Tensor], count: int = 200) -> dict[str, float]:
     network = JudgeNet()
     network.load_state_dict(average)
     pictures, specs = scene_batch("validation", range(count))
-    found = Judge(network).verdicts(pictures)
-    return accuracy(found, [spec.look for spec in specs], [spec.background for spec in specs])
+    return accuracy(Judge(network).verdicts(pictures), specs)
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _write(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    write(temporary)
     os.replace(temporary, path)
-
-
-def _checkpoint(out: Path, step: int, used: float, network: nn.Module, optimizer, average: dict[str, Tensor]) -> None:
-    """Everything of one step in one file, so that a kill leaves no parts of two."""
-    state = {"step": torch.tensor(step), "used": torch.tensor(used)}
-    state |= {f"model.{name}": value for name, value in network.state_dict().items()}
-    state |= {f"average.{name}": value for name, value in average.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    _save(state, out / "checkpoint.safetensors")
-    _save(average, out / "average.safetensors")
-
-
-def _resume(out: Path, network: nn.Module, optimizer, average: dict[str, Tensor]) -> tuple[int, float]:
-    path = out / "checkpoint.safetensors"
-    if not path.exists():
-        return 0, 0.0
-    state = load_file(path)
-    network.load_state_dict({name[6:]: value for name, value in state.items() if name.startswith("model.")})
-    average.update({name[8:]: value for name, value in state.items() if name.startswith("average.")})
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key in (name for name in state if name.startswith("optimizer.")):
-        _, index, name = key.split(".", 2)
-        moments.setdefault(int(index), {})[name] = state[key]
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(state["step"]), float(state["used"])
 
 
 def ship(average: Path, path: Path = WEIGHTS) -> None:
     """Write averaged weights in half precision, without the norms' step counters."""
     weights = {name: value.half() for name, value in load_file(average).items() if not name.endswith("num_batches_tracked")}
-    _save(weights, path)
+    _write(path, partial(save_file, weights))
 
 
 def measure(count: int = 2000, model: Path | None = None, weights: Path | None = None) -> dict[str, dict[str, float]]:
     """Accuracy on real scenes that training never saw, and on their reconstructions by the model's autoencoder."""
     from p2p_subject.models import Model
 
-    judge, results = Judge.load(weights), {}
-    loaded = Model.load(model)
+    judge, loaded, results = Judge.load(weights), Model.load(model), {}
     for split in ("test", "new_hue", "new_art"):
         pictures, specs = scene_batch(split, range(count))
-        truth = [spec.look for spec in specs], [spec.background for spec in specs]
-        results[f"{split}, real"] = accuracy(judge.verdicts(pictures), *truth)
-        parts = [[Image.fromarray(picture) for picture in pictures[start : start + 64]] for start in range(0, count, 64)]
-        rebuilt = [image for part in parts for image in loaded.decode(loaded.encode_images(part))]
-        results[f"{split}, reconstructed"] = accuracy(judge.verdicts(rebuilt), *truth)
+        results[f"{split}, real"] = accuracy(judge.verdicts(pictures), specs)
+        images = [Image.fromarray(picture) for picture in pictures]
+        rebuilt = [loaded.decode(loaded.encode_images(images[start : start + 1]))[0] for start in range(count)]
+        results[f"{split}, reconstructed"] = accuracy(judge.verdicts(rebuilt), specs)
     return results
 
 
@@ -308,7 +286,7 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     training = stages.add_parser("train", help="train on real scenes; an interrupted run goes on")
     training.add_argument("--out", type=Path, required=True, help="folder of the run")
-    training.add_argument("--minutes", type=float, default=25, help="wall time of the whole run (default %(default)s)")
+    training.add_argument("--minutes", type=float, default=15, help="wall time of the whole run (default %(default)s)")
     training.add_argument("--ship", action="store_true", help=f"write {WEIGHTS.name} beside this file at the end")
     measuring = stages.add_parser("measure", help="accuracy on real and on reconstructed scenes")
     measuring.add_argument("--model", type=Path, help="model folder with the autoencoder (default: the miniature)")

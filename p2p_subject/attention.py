@@ -64,10 +64,11 @@ class ControlledAttention:
 
 def _own(query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl) -> Tensor:
     """Self-attention; where it follows the source, target rows use the source row's queries and keys."""
-    if query.shape[2] <= control.self_pixels:
-        rows = list(range(control.rows))
-        for target, source in zip(control.targets, control.sources):
+    rows = list(range(len(query)))
+    for target, source, pixels in zip(control.targets, control.sources, control.self_pixels):
+        if query.shape[2] <= pixels:
             rows[target] = source
+    if rows != list(range(len(query))):
         query, key = query[rows], key[rows]
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 

@@ -47,11 +47,11 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--mask-out", metavar="FILE", help="write where the picture was allowed to change")
     edit.add_argument("--sheet", metavar="FILE", help="write source, subject, attention, mask and result on one sheet")
     edit.add_argument("--mask", metavar="PICTURE", help="change only what is white here, instead of where the attention is")
-    edit.add_argument("--cross-replace", type=_window, metavar="F", help="share of steps with the source's layout (default 0.8)")
+    edit.add_argument("--cross-replace", type=_window, metavar="F", help="share of steps in the source's layout (default 0.8)")
     edit.add_argument("--self-replace", type=_window, metavar="F", help="same, of its shapes; or START,STOP (default 0.4)")
-    edit.add_argument("--threshold", type=float, metavar="F", help="0 to 1: higher makes the mask smaller (default: the rule's)")
+    edit.add_argument("--threshold", type=float, metavar="F", help="0 to 1, higher: a smaller mask (default: the rule's)")
     edit.add_argument("--rule", choices=("share", "peak"), help="how attention becomes a mask (default share)")
-    edit.add_argument("--no-paste", dest="paste", action="store_false", help="do not put back the original pixels outside the mask")
+    edit.add_argument("--no-paste", dest="paste", action="store_false", help="do not restore the pixels outside the mask")
     edit.add_argument("--save-source", metavar="FILE", help="keep the inverted picture (.safetensors) as SOURCE of later edits")
     _common_arguments(edit)
     _guidance_arguments(edit)
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
 
     heatmap = command("heatmap", "show where the attention to words of a prompt lies in a picture")
     _source_arguments(heatmap)
-    heatmap.add_argument("--words", nargs="+", required=True, type=_word, metavar="WORD", help="words of the prompt, a panel each")
+    heatmap.add_argument("--words", nargs="+", required=True, type=_word, metavar="WORD", help="of the prompt, a panel each")
     heatmap.add_argument("--rule", choices=("share", "peak"), help="the word's share at each pixel, or its map (default peak)")
     heatmap.add_argument("--out", required=True, metavar="FILE", help="the panels on one sheet")
     _common_arguments(heatmap)
@@ -91,7 +91,7 @@ def _subject_arguments(own: argparse.ArgumentParser) -> None:
 
 
 def _common_arguments(own: argparse.ArgumentParser) -> None:
-    own.add_argument("--seed", type=_seed, metavar="N", help="of everything random; only new pictures draw noise")
+    own.add_argument("--seed", type=_seed, metavar="N", help="of what is random: generated pictures, choice of scenes")
     own.add_argument("--steps", type=int, metavar="N", help="steps of inversion and sampling (default 50, or a saved source's)")
     _model_arguments(own)
 

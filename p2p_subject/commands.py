@@ -18,7 +18,7 @@ from PIL import Image
 
 from p2p_subject import __version__
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
-from p2p_subject.errors import ModelError, OutputError, PromptError, StepsError, SubjectError
+from p2p_subject.errors import EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.images import load_image, load_mask
 from p2p_subject.outputs import IMAGE_FORMATS, atomic_path, check_target, save_image
 from p2p_subject.prompts import describe
@@ -37,10 +37,10 @@ SAVED_SOURCE = (".safetensors",)
 def edit(arguments: Namespace) -> Report:
     """Edit a picture or a saved source."""
     targets = _targets(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
-    blend = Blend(**given(arguments, "rule", "threshold"))
+    blend = _blend(arguments)
     changes = given(arguments, "swap", "cross_replace", "self_replace")
     spec = EditSpec(prompt=arguments.target_prompt, subject=_subject(arguments), blend=blend, **changes)
-    if "mask" in targets and spec.swap is None and arguments.mask is None:
+    if "mask" in targets and spec.blend is None and arguments.mask is None:
         raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
     opened, prompt = _open(arguments)
     if arguments.mask is not None:
@@ -235,6 +235,15 @@ def _subject(arguments: Namespace) -> Subject | None:
     if arguments.category is not None:
         raise SubjectError(f"--category {arguments.category!r} was given without a picture of it; add --subject PICTURE")
     return None
+
+
+def _blend(arguments: Namespace) -> Blend | None:
+    """How attention makes the mask; None where no word is named whose attention could."""
+    options = given(arguments, "rule", "threshold")
+    if options and (arguments.swap is None or arguments.mask is not None):
+        names = " and ".join(f"--{name}" for name in options)
+        raise EditSpecError(f"{names} shape the mask that --swap makes; give --swap and no --mask, or leave them out")
+    return None if arguments.swap is None else Blend(**options)
 
 
 def _open(arguments: Namespace) -> tuple[Image.Image | Source, str]:

@@ -43,8 +43,8 @@ class StepControl:
     """What the attention layers do in one network call of `rows` rows.
 
     Row `targets[k]` follows row `sources[k]`. `from_source` (K, S, T) and `from_target` (K, T) change cross-attention's values
-    (None: no cross-attention is changed). Self-attention over at most `self_pixels` pixels takes queries and keys of the
-    source (0: none does). `sink` receives maps, after the edit.
+    (None: no cross-attention is changed). Self-attention of target k over at most `self_pixels[k]` pixels takes queries and keys
+    of its source (0: none does). `sink` receives maps, after the edit.
     """
 
     rows: int
@@ -52,7 +52,7 @@ class StepControl:
     targets: tuple[int, ...] = ()
     from_source: Tensor | None = None
     from_target: Tensor | None = None
-    self_pixels: int = 0
+    self_pixels: tuple[int, ...] = ()
     sink: MapSink | None = None
 
 
@@ -84,10 +84,7 @@ class Controller:
         return tuple(range(1 + len(self.specs), self.rows))
 
     def at(self, index: int, sink: MapSink | None = None) -> StepControl:
-        """Control of sampling step `index`.
-
-        All edits of one call share the windows of the step: the ones outside theirs get the identity.
-        """
+        """Control of sampling step `index`; an edit that is outside its windows keeps its own attention."""
         cross = [within(spec.cross_replace, index, self.steps) for spec in self.specs]
         gate = self.from_target.new_tensor(cross)
         own = [within(spec.self_replace, index, self.steps) for spec in self.specs]
@@ -97,7 +94,7 @@ class Controller:
             targets=self.targets(),
             from_source=self.matrices * gate[:, None, None] if any(cross) else None,
             from_target=self.from_target * gate[:, None] + (1 - gate[:, None]) if any(cross) else None,
-            self_pixels=self.self_pixels[0] if all(own) else 0,
+            self_pixels=tuple(pixels * inside for pixels, inside in zip(self.self_pixels, own)),
             sink=sink,
         )
 

@@ -75,8 +75,8 @@ class Row:
 def choose(seed: int, count: int = ROWS) -> Iterator[tuple[world.SceneSpec, world.Look, int]]:
     """Held-out scenes, each with a look in a held-out hue and the look's index; never a swap within one category."""
     index = seed * count
-    for scene in (world.sample("test", index + row) for row in range(count)):
-        look = world.sample("new_hue", index).look
+    for number in range(index, index + count):
+        scene, look = world.sample("test", number), world.sample("new_hue", index).look
         while look.category == scene.look.category:
             index += 1
             look = world.sample("new_hue", index).look

@@ -91,7 +91,8 @@ def contact_sheet(
     """
     if not any(rows) or panel < 16:
         raise ImageError(f"{sum(map(len, rows))} pictures in panels of {panel} pixels; expected 1 or more, in 16 or more")
-    small, bold, large = _font(max(10, panel // 14)), _font(max(11, panel // 13), bold=True), _font(max(14, panel // 9), bold=True)
+    small, bold = _font(max(10, panel // 14)), _font(max(11, panel // 13), bold=True)
+    large = _font(max(14, panel // 9), bold=True)
     count = max(len(columns or ()), *map(len, rows))
     width = 2 * MARGIN + count * panel + (count - 1) * GAP
     headings = [_wrapped(text, bold, panel, 2) for text in columns or ()]

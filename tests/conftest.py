@@ -23,3 +23,24 @@ def golden(path: str) -> Path:
             f"golden values {path!r} are not here: {folder or 'no folder of golden values'} lacks them"
         )
     return folder / path
+
+
+@pytest.fixture(scope="session")
+def miniature_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder in the miniature's layout and sizes, with random weights."""
+    # Imported here, so that tests that need no model do not wait for diffusers.
+    import torch
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    from p2p_subject.training import export, vae
+    from p2p_subject.training.representation import RepresentationTrainer
+
+    folder = tmp_path_factory.mktemp("miniature")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoencoderKL(**vae.CONFIG).save_pretrained(folder / "parts" / "vae")
+        save_file(RepresentationTrainer().state_dict(), folder / "parts" / "ema.safetensors")
+    model = folder / "model"
+    export.export(folder / "parts", folder / "parts" / "vae", model, torch.float32)
+    return model

@@ -46,7 +46,9 @@ class ExplicitMaps:
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
         cross = encoder_hidden_states is not None
         context = encoder_hidden_states if cross else hidden_states
-        q, k, v = (attn.head_to_batch_dim(f(x)) for f, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context)))
+        q, k, v = (
+            attn.head_to_batch_dim(f(x)) for f, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
         maps = (q @ k.transpose(1, 2) * attn.scale).softmax(-1).unflatten(0, (len(hidden_states), -1))  # (B, H, Q, T)
         pixels = maps.shape[2]
         source = maps[0].clone()
@@ -72,7 +74,9 @@ def random_edit(draw_seed: int, gate: float) -> dict:
     return {"M": matrix, "c": covered, "w": weights, "g": gate}
 
 
-@given(seed=st.integers(0, 10_000), count=st.integers(1, 3), gate=st.sampled_from([0.0, 1.0]), side=st.sampled_from([0, 4, 8]))
+@given(
+    seed=st.integers(0, 10_000), count=st.integers(1, 3), gate=st.sampled_from([0.0, 1.0]), side=st.sampled_from([0, 4, 8])
+)
 @settings(deadline=None, max_examples=25)
 def test_changed_values_equal_changed_maps(seed: int, count: int, gate: float, side: int) -> None:
     unet = tiny_unet().double()
@@ -116,7 +120,7 @@ def test_an_identity_edit_of_equal_rows_is_the_plain_run() -> None:
     unet = tiny_unet().double()
     latents = torch.randn(1, 4, 8, 8, dtype=torch.float64).expand(3, -1, -1, -1)
     context = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64).expand(3, -1, -1)
-    step = StepControl(3, (0,), (2,), torch.eye(TOKENS).double()[None], torch.zeros(1, TOKENS).double(), self_pixels=64)
+    step = StepControl(3, (0,), (2,), torch.eye(TOKENS).double()[None], torch.zeros(1, TOKENS).double(), self_pixels=(64,))
     with torch.no_grad(), controlled_attention(unet):
         edited = unet(latents, 10, context, cross_attention_kwargs={"control": step}).sample
     with torch.no_grad():
@@ -160,7 +164,15 @@ def test_a_network_without_cross_attention_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("latent", "expected"),
-    [((8, 8), (8, 8)), ((32, 32), (16, 16)), ((64, 64), (32, 32)), ((16, 24), (16, 24)), ((64, 96), (32, 48)), ((9, 31), (9, 31)), ((31, 33), (16, 17))],
+    [
+        ((8, 8), (8, 8)),
+        ((32, 32), (16, 16)),
+        ((64, 64), (32, 32)),
+        ((16, 24), (16, 24)),
+        ((64, 96), (32, 48)),
+        ((9, 31), (9, 31)),
+        ((31, 33), (16, 17)),
+    ],
 )
 def test_maps_are_read_where_their_area_is_nearest_to_sixteen_squared(latent, expected) -> None:
     assert map_size(tiny_unet(), latent) == expected
@@ -194,5 +206,5 @@ def test_compiled_weights_and_windows() -> None:
     controller = compile_edits([spec], [alignment], [layout], 4, (16, 8))
     first, last = controller.at(0), controller.at(3)
     assert controller.rows == first.rows == 3 and first.targets == (2,) and first.sources == (0,)
-    assert torch.equal(first.from_source[0], torch.diag(torch.tensor([1.0, 1, 3, 1, 1, 1]))) and first.self_pixels == 0
-    assert last.from_source is None and last.self_pixels == 8 * 4
+    assert torch.equal(first.from_source[0], torch.diag(torch.tensor([1.0, 1, 3, 1, 1, 1]))) and first.self_pixels == (0,)
+    assert last.from_source is None and last.self_pixels == (8 * 4,)

@@ -89,7 +89,12 @@ def test_subject_pictures_are_read_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[]", "a JSON list"), ('{"promt": "x"}', "Did you mean 'prompt'"), ('{"prompt": "x", "blend": {"rul": "peak"}}', "'rule'")],
+    [
+        ("{", "not JSON"),
+        ("[]", "a JSON list"),
+        ('{"promt": "x"}', "Did you mean 'prompt'"),
+        ('{"prompt": "x", "blend": {"rul": "peak"}}', "'rule'"),
+    ],
 )
 def test_json_that_is_no_edit_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(EditSpecError, match=message):

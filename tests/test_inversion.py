@@ -108,7 +108,13 @@ def test_trajectory_indexes_steps_from_the_noise() -> None:
     assert [float(trajectory.after(i)) for i in range(3)] == [2, 1, 0]
 
 
-@given(steps=st.integers(1, 6), height=st.integers(1, 9), width=st.integers(1, 9), null=st.booleans(), prompt=st.text(max_size=20))
+@given(
+    steps=st.integers(1, 6),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    null=st.booleans(),
+    prompt=st.text(max_size=20),
+)
 @settings(deadline=None, max_examples=30)
 def test_save_and_load_round_trip(tmp_path_factory, steps: int, height: int, width: int, null: bool, prompt: str) -> None:
     path = tmp_path_factory.mktemp("t") / "a.safetensors"
@@ -179,5 +185,7 @@ def test_schedules_that_cannot_be_walked_are_refused(fields, error) -> None:
 
 
 def test_importing_inversion_loads_torch_and_no_other_part_of_the_stack() -> None:
-    code = "import sys, inversion; print([m for m in ('diffusers', 'transformers', 'PIL', 'p2p_subject') if m in sys.modules])"
+    code = (
+        "import sys, inversion; print([m for m in ('diffusers', 'transformers', 'PIL', 'p2p_subject') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

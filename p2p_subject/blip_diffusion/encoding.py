@@ -1,4 +1,4 @@
-"""From pictures, categories and prompts to what conditions the U-Net (BLIP-Diffusion, section 3.1)."""
+"""From pictures, categories and prompts to what conditions the U-Net (BLIP-Diffusion, "Method")."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EncodingMixin:
 
         Returns:
             (B, Nq, D) embeddings in the space of the text encoder's tokens, on its execution device. A row of
-            several pictures is the mean of theirs (section 3.3: what fine-tuning starts from).
+            several pictures is the mean of theirs (the paper, on fine-tuning: what it starts from).
 
         Raises:
             SubjectError: a category is missing or too long.

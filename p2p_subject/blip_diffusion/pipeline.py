@@ -1,8 +1,7 @@
-"""Zero-shot subject-driven generation: a picture of a subject, its category and a prompt make new pictures of
-it.
+"""Zero-shot subject-driven generation: pictures of a subject, its category and a prompt to new pictures.
 
-After BLIP-Diffusion (Li, Li, Hoi; 2023), sections 3.1 and 3.3, with the prompt format of the released model.
-The call signature and the folder layout are those of the public checkpoint.
+After BLIP-Diffusion (Li, Li, Hoi; NeurIPS 2023), zero-shot inference, with the prompt format of the released
+model. The call signature and the folder layout are those of the public checkpoint.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Q-Former: learned queries read a picture of the subject, guided by the name of its category.
 
-After BLIP-Diffusion, section 3.1 (and BLIP-2): queries and text meet in self-attention, queries alone read
-the image in cross-attention, and a feed-forward projection takes the query outputs into the text encoder's
-embedding space.
+After BLIP-Diffusion, multimodal representation learning (and BLIP-2): queries and text meet in
+self-attention, queries alone read the image in cross-attention, and a feed-forward projection takes the query
+outputs into the text encoder's embedding space.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""CLIP's causal text encoder with room for a subject: its embeddings are spliced in between the prompt's
-tokens.
+"""CLIP's causal text encoder with room for a subject, whose embeddings stand between the prompt's tokens.
 
-After BLIP-Diffusion, section 3.1 and figure 3: the mixed sequence of word and subject embeddings runs through
-the whole encoder, so that later words read the subject.
+After BLIP-Diffusion, subject representation learning: the mixed sequence of word and subject embeddings runs
+through the whole encoder, so that later words read the subject.
 """
 
 from __future__ import annotations

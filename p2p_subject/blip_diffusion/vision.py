@@ -1,4 +1,4 @@
-"""The image encoder of the Q-Former: CLIP's ViT with every patch's output (BLIP-Diffusion, section 3.1)."""
+"""The image encoder of the Q-Former: CLIP's ViT with every patch's output (BLIP-Diffusion, as BLIP-2)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`python -m p2p_subject.training STAGE ...`: train the miniature model from nothing.
 
-Stages, in order: `vae`, `scenes` (draw and encode the training set), `representation`, `export` (write the model folder),
-`judge` and `figures` (measure it).
+Stages, in order: `vae`, `scenes` (draw and encode the training set), `representation`, `export` (write the model folder).
+A run that was interrupted goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -53,23 +53,31 @@ def main() -> None:
     names = RunConfig.__dataclass_fields__
     if stage == "vae":
         from p2p_subject.training import vae
+        from p2p_subject.training.grids import reconstruction_grid
 
         config = RunConfig(**{k: v for k, v in arguments.items() if k in names}, evaluate_every=1000, ema=0.998)
-        vae.train(config, arguments["batch"])
+        reconstruction_grid(vae.train(config, arguments["batch"]), config.out / "reconstructions.png")
     elif stage == "scenes":
         from p2p_subject.training.representation import make_cache
 
         make_cache(arguments["out"], arguments["vae"], arguments["count"], arguments["processes"])
     elif stage == "representation":
         from p2p_subject.training import representation
+        from p2p_subject.training.grids import generation_grid
 
         config = RunConfig(**{k: v for k, v in arguments.items() if k in names}, evaluate_every=1000)
+
+        def evaluate(step: int, folder: Path) -> dict[str, float]:
+            generation_grid(folder / "ema.safetensors", arguments["vae"], folder / f"grid-{step:06d}.png")
+            return {}
+
         representation.train(
             config,
             arguments["scenes"],
             arguments["batch"],
             arguments["attention_weight"],
             start_from=arguments["start_from"],
+            evaluate=evaluate,
         )
     elif stage == "export":
         from p2p_subject.training.export import export

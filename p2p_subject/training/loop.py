@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 Batch = dict[str, Tensor]
 Batches = Callable[[int, int, int], Batch]
+Evaluate = Callable[[int, Path], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def learning_rate(config: RunConfig, step: int) -> float:
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def run(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, evaluate=None) -> Path:
+def run(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, evaluate: Evaluate | None = None) -> Path:
     """Train to `config.steps` and return the folder; goes on from the last checkpoint in `config.out` if there is one.
 
-    `build()` makes the module in each process; `evaluate(module, step, folder)` is called in the first process with the
-    averaged weights. The averaged weights of the end are `out/ema.safetensors`.
+    `build()` makes the module in each process; `evaluate(step, folder)` is called in the first process after a checkpoint and
+    returns figures for the log. The averaged weights are `out/ema.safetensors`.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     if config.processes == 1:
@@ -128,10 +129,11 @@ def _worker(rank: int, config: RunConfig, build, batches: Batches, evaluate, ren
                 row = {key: value / config.log_every for key, value in sums.items()}
                 _log(config.out, {"step": done, "seconds": round(time.monotonic() - began, 1), **row})
                 bar.set_postfix({key: f"{value:.4f}" for key, value in list(row.items())[:3]})
-            if done % config.checkpoint_every == 0 or done == config.steps:
+            due = config.evaluate_every and done % config.evaluate_every == 0
+            if due or done % config.checkpoint_every == 0 or done == config.steps:
                 _checkpoint(config.out, done, module, optimizer, average)
-            if evaluate and config.evaluate_every and (done % config.evaluate_every == 0 or done == config.steps):
-                _evaluate(evaluate, build, average, done, config.out)
+            if evaluate and (due or done == config.steps):
+                _log(config.out, {"step": done, **evaluate(done, config.out)})
         if done % config.log_every == 0:
             sums = {}
     bar.close()
@@ -143,14 +145,6 @@ def _worker(rank: int, config: RunConfig, build, batches: Batches, evaluate, ren
 def _average(average: dict[str, Tensor], module: nn.Module, decay: float) -> None:
     names, values = zip(*((n, v) for n, v in module.state_dict().items() if v.is_floating_point()))
     torch._foreach_lerp_([average[name] for name in names], [value.float() for value in values], 1 - decay)
-
-
-def _evaluate(evaluate, build, average: dict[str, Tensor], step: int, out: Path) -> None:
-    module = build()
-    module.load_state_dict(average)
-    row = evaluate(module.eval(), step, out)
-    if row:
-        _log(out, {"step": step, **row})
 
 
 def _log(out: Path, row: dict) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from p2p_subject.training.loop import RunConfig, run
@@ -88,20 +89,23 @@ def train(config: RunConfig, batch: int) -> AutoencoderKL:
         start = step * batch + rank * share
         return {"images": scene_batch(np.arange(start, start + share))}
 
-    def evaluate(module: VAETrainer, step: int, folder: Path) -> dict[str, float]:
-        return {"psnr": psnr(module.vae)}
+    def evaluate(step: int, folder: Path) -> dict[str, float]:
+        return {"psnr": psnr(averaged(folder), "validation")}
 
     run(config, VAETrainer, batches, evaluate)
     return finish(config.out)
 
 
-def finish(out: Path) -> AutoencoderKL:
-    """Turn the averaged weights of a run into `out/vae`."""
-    from safetensors.torch import load_file
-
+def averaged(out: Path) -> AutoencoderKL:
+    """The autoencoder with the averaged weights of a run, as trained."""
     trainer = VAETrainer()
     trainer.load_state_dict(load_file(out / "ema.safetensors"))
-    vae = trainer.vae.eval()
+    return trainer.vae.eval()
+
+
+def finish(out: Path) -> AutoencoderKL:
+    """Turn the averaged weights of a run into `out/vae`, with latents of unit deviation."""
+    vae = averaged(out)
     fold_statistics(vae, scene_batch(np.arange(512), "validation"))
     vae.save_pretrained(out / "vae")
     return vae

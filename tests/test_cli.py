@@ -1,0 +1,317 @@
+"""The command line from its arguments to its files, exit codes and the two output streams."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from p2p_subject import cli, commands, demo
+from p2p_subject.edits import Blend, EditSpec
+from p2p_subject.training import world
+
+HEAVY = ("torch", "diffusers", "transformers", "scipy", "numpy", "PIL")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a scene, two pictures of a subject and a mask."""
+    folder = tmp_path_factory.mktemp("pictures")
+    scene = world.draw(world.SceneSpec(world.Look("cat", "google"), world.Pose(0.5, 0.5, 0.5), "grass", 0))
+    scene.picture.save(folder / "scene.png")
+    for index in range(2):
+        Image.fromarray(world.reference(world.Look("dog", "google", 140.0), "new_hue", index)).save(folder / f"dog{index}.png")
+    Image.fromarray(scene.mask).save(folder / "mask.png")
+    return folder
+
+
+class Shell:
+    """Runs the command line in this process, in a folder of its own, with the random model of the tests."""
+
+    def __init__(self, model: Path, pictures: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.model, self.folder, self.capsys = model, folder, capsys
+        self.paths = {path.stem: str(path) for path in pictures.iterdir()}
+
+    def __call__(self, *arguments: str, model: Path | None = None) -> tuple[int, str, str]:
+        words = [argument.format(**self.paths, tmp=self.folder) for argument in arguments]
+        code = cli.main([*words, "--model", str(model or self.model)])
+        return code, *self.capsys.readouterr()
+
+    def report(self, *arguments: str) -> dict:
+        code, out, err = self(*arguments, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    def written(self) -> list[str]:
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def shell(miniature_folder, pictures, tmp_path, capsys) -> Shell:
+    return Shell(miniature_folder, pictures, tmp_path, capsys)
+
+
+EDIT = ("edit", "{scene}", "--prompt", "a cat on grass", "--steps", "2", "--out", "{tmp}/out.png")
+SWAP = (*EDIT, "--swap", "cat", "--subject", "{dog0}", "--category", "dog")
+
+
+class TestEdit:
+    def test_swap_with_every_output(self, shell):
+        extra = ("--mask-out", "{tmp}/mask.png", "--sheet", "{tmp}/sheet.png", "--save-source", "{tmp}/scene.safetensors")
+        report = shell.report(*SWAP, "--subject", "{dog1}", *extra)
+        assert report["outputs"] == {
+            "image": str(shell.folder / "out.png"),
+            "mask": str(shell.folder / "mask.png"),
+            "sheet": str(shell.folder / "sheet.png"),
+            "source": str(shell.folder / "scene.safetensors"),
+        }
+        assert shell.written() == ["mask.png", "out.png", "scene.safetensors", "sheet.png"]
+        assert (report["prompt"], report["source_prompt"]) == ("a dog on grass", "a cat on grass")
+        assert (report["command"], report["steps"], report["device"]) == ("edit", 2, "cpu")
+        assert report["unet_rows"] > 0 and report["seconds"] > 0
+        mask = np.asarray(Image.open(shell.folder / "mask.png"))
+        assert report["mask_area"] == pytest.approx((mask > 0).mean())
+        with Image.open(shell.folder / "out.png") as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB")
+        # Source, two pictures of the subject, attention to two words, mask, result.
+        with Image.open(shell.folder / "sheet.png") as sheet:
+            assert sheet.width == 2 * 20 + 7 * 192 + 6 * 12
+
+    def test_a_saved_source_gives_the_same_edit(self, shell):
+        shell.report(*SWAP, "--save-source", "{tmp}/scene.safetensors")
+        first = (shell.folder / "out.png").read_bytes()
+        swap = ("--swap", "cat", "--subject", "{dog0}", "--category", "dog", "--out", "{tmp}/again.png")
+        report = shell.report("edit", "{tmp}/scene.safetensors", *swap)
+        assert (report["source_prompt"], report["steps"]) == ("a cat on grass", 2)
+        assert (shell.folder / "again.png").read_bytes() == first
+
+    def test_a_mask_of_the_user_keeps_what_is_outside(self, shell):
+        shell.report(*SWAP, "--mask", "{mask}", "--mask-out", "{tmp}/mask.png")
+        source, edited, mask = (
+            np.asarray(Image.open(path)) for path in (shell.paths["scene"], shell.folder / "out.png", shell.paths["mask"])
+        )
+        assert (np.asarray(Image.open(shell.folder / "mask.png")) > 0).tolist() == mask.tolist()
+        assert (edited[:4] == source[:4]).all() and (edited[mask] != source[mask]).any()
+
+    def test_by_prompt_alone_all_of_the_picture_may_change(self, shell):
+        report = shell.report(*EDIT, "--target-prompt", "a dog on grass", "--sheet", "{tmp}/sheet.png")
+        assert (report["prompt"], report["mask_area"]) == ("a dog on grass", None)
+
+    def test_options_reach_the_specification(self, shell, monkeypatch):
+        seen = {}
+
+        class Recorder:
+            def __init__(self, editor):
+                self.editor = editor
+                self.model, self.invert = editor.model, editor.invert
+
+            def edit(self, source, spec, **options):
+                seen.update(spec=spec, **options)
+                return self.editor.edit(source, spec, **options)
+
+        load = commands.load_editor
+        monkeypatch.setattr(commands, "load_editor", lambda arguments: Recorder(load(arguments)))
+        options = ("--cross-replace", "0.2,0.9", "--self-replace", "0.1", "--threshold", "0.5", "--rule", "peak", "--no-paste")
+        shell.report(*SWAP, *options, "--guidance-scale", "2", "--negative-prompt", "a tree")
+        assert (seen["spec"].cross_replace, seen["spec"].self_replace) == ((0.2, 0.9), (0.0, 0.1))
+        assert seen["spec"].blend == Blend(rule="peak", threshold=0.5)
+        assert (seen["paste"], seen["guidance_scale"], seen["negative_prompt"]) == (False, 2.0, "a tree")
+
+    def test_defaults_are_the_librarys_and_help_states_them(self, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["edit", "--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        spec = EditSpec(prompt="a dog")
+        assert (spec.cross_replace, spec.self_replace, spec.blend.rule) == ((0.0, 0.8), (0.0, 0.4), "share")
+        assert "(default 0.8)" in told and "(default 0.4)" in told and "(default share)" in told
+
+    def test_text_for_people(self, shell):
+        code, out, err = shell(*SWAP)
+        assert (code, err) == (0, "")
+        first, *files = out.splitlines()
+        assert first.startswith("'a cat on grass' -> 'a dog on grass'; ") and files == [f"image: {shell.folder / 'out.png'}"]
+
+
+class TestOtherCommands:
+    def test_generate_reproduces_bit_for_bit_from_the_seed_it_tells(self, shell):
+        generate = ("generate", "a dog on grass", "--subject", "{dog0}", "--category", "dog", "--steps", "2")
+        first = shell.report(*generate, "--out", "{tmp}/a.png", "--save-source", "{tmp}/a.safetensors")
+        again = shell.report(*generate, "--out", "{tmp}/b.png", "--seed", str(first["seed"]))
+        other = shell.report(*generate, "--out", "{tmp}/c.png", "--seed", str(first["seed"] + 1))
+        a, b, c = ((shell.folder / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+        assert a == b != c
+        assert (again["seed"], other["seed"]) == (first["seed"], first["seed"] + 1)
+        edited = shell.report("edit", "{tmp}/a.safetensors", "--target-prompt", "a cat on grass", "--out", "{tmp}/d.png")
+        assert edited["source_prompt"] == "a dog on grass"
+
+    def test_heatmap_has_a_panel_for_each_word(self, shell):
+        prompt = ("--prompt", "a cat and a cat on grass", "--steps", "2", "--out", "{tmp}/heat.png")
+        report = shell.report("heatmap", "{scene}", *prompt, "--words", "cat#1", "grass", "--rule", "share")
+        assert report["words"] == ["cat#1", "grass"]
+        with Image.open(shell.folder / "heat.png") as sheet:
+            assert sheet.width == 2 * 20 + 3 * 192 + 2 * 12
+
+    def test_demo_writes_a_sheet_and_every_picture(self, shell):
+        report = shell.report("demo", "--out", "{tmp}/deep/demo", "--steps", "2")
+        names = ("edited", "heatmap", "mask", "source", "subject", "truth")
+        pictures = [f"deep/demo/row-{row}/{name}.png" for row in (1, 2, 3, 4) for name in names]
+        assert shell.written() == sorted([*pictures, "deep/demo/sheet.png"])
+        assert report["seed"] == 0 and report["outputs"]["sheet"] == str(shell.folder / "deep/demo/sheet.png")
+        for row, told in enumerate(report["edits"], 1):
+            assert told["word"] != told["category"] and told["category"] in told["target_prompt"]
+            with Image.open(shell.folder / f"deep/demo/row-{row}/edited.png") as image:
+                assert image.size == (64, 64)
+
+    def test_demo_scenes_are_held_out_and_follow_from_the_seed(self):
+        chosen = [(scene, look) for seed in range(20) for scene, look, _ in demo.choose(seed)]
+        assert chosen == [(scene, look) for seed in range(20) for scene, look, _ in demo.choose(seed)]
+        assert len({scene for scene, _ in chosen}) == len(chosen)
+        for scene, look in chosen:
+            assert look.category != scene.look.category
+            assert any(low <= look.hue <= high for low, high in world.HELD_OUT_HUES)
+
+    def test_info(self, shell):
+        report = shell.report("info")
+        assert (report["device"], report["picture"], report["latent"]) == ("cpu", [64, 64], [4, 16, 16])
+        assert report["folder"] == str(shell.model) and report["devices"][-1] == "cpu"
+        assert report["parameters"] == sum(network["parameters"] for network in report["networks"].values()) > 10**6
+        assert {"torch", "diffusers", "transformers", "python", "p2p_subject"} <= report["versions"].keys()
+        _, out, _ = shell("info")
+        assert f"{report['parameters']:,}" in out and "UNet2DConditionModel" in out
+
+
+def without(name: str, arguments: tuple[str, ...] = SWAP) -> tuple[str, ...]:
+    """The arguments without an option and its value."""
+    at = arguments.index(name)
+    return arguments[:at] + arguments[at + 2 :]
+
+
+MISTAKES = {
+    "no such picture": ("ImageError", "no such file", ("edit", "nowhere.png", *SWAP[2:])),
+    "no such subject": ("ImageError", "no such file", (*SWAP, "--subject", "nowhere.png")),
+    "no such saved source": ("TrajectoryError", "no such file", ("edit", "a.safetensors", *SWAP[2:])),
+    "misspelt word": ("WordNotFoundError", "Did you mean 'cat'?", (*SWAP, "--swap", "cats")),
+    "word occurs twice": ("AmbiguousWordError", "WORD#INDEX", (*SWAP, "--prompt", "a cat and a cat")),
+    "no such occurrence": ("WordNotFoundError", "no occurrence 3", (*SWAP, "--swap", "cat#3")),
+    "long prompt": ("PromptTooLongError", "Shorten the prompt", (*SWAP, "--prompt", "a cat " * 20)),
+    "long negative prompt": ("PromptTooLongError", "Shorten the prompt", (*SWAP, "--negative-prompt", "a cat " * 20)),
+    "no prompt": ("PromptError", "needs --prompt", without("--prompt")),
+    "no steps": ("StepsError", "between 1 and 1000", (*SWAP, "--steps", "0")),
+    "suffix": ("OutputError", "unknown suffix '.txt'", (*SWAP, "--out", "{tmp}/out.txt")),
+    "suffix of the source": ("OutputError", "use .safetensors", (*SWAP, "--save-source", "{tmp}/a.pt")),
+    "no such folder": ("OutputError", "create it first", (*SWAP, "--out", "{tmp}/missing/out.png")),
+    "one file for two": ("OutputError", "name one for each", (*SWAP, "--mask-out", "{tmp}/out.png")),
+    "empty category": ("SubjectError", "category=''", (*SWAP, "--category", "")),
+    "no category": ("SubjectError", "expected the word", without("--category")),
+    "no subject": ("SubjectError", "add --subject", without("--subject")),
+    "subject without a place": ("EditSpecError", "no word for it", (*without("--swap"), "--target-prompt", "a dog")),
+    "nothing to do": ("EditSpecError", "needs a prompt", EDIT),
+    "mask of nothing": ("OutputError", "no mask to write", (*EDIT, "--target-prompt", "a dog", "--mask-out", "{tmp}/m.png")),
+    "colours as mask": ("MaskError", "expected grey", (*SWAP, "--mask", "{scene}")),
+    "threshold": ("EditSpecError", "threshold", (*SWAP, "--threshold", "nan")),
+    "rule without a word": ("EditSpecError", "give --swap", (*EDIT, "--target-prompt", "a dog", "--rule", "peak")),
+    "rule beside a mask": ("EditSpecError", "no --mask", (*SWAP, "--mask", "{mask}", "--threshold", "0.5", "--rule", "peak")),
+    "window": ("EditSpecError", "start <= stop", (*SWAP, "--cross-replace", "0.5,0.2")),
+    "share": ("UsageError", "'1.5'; expected a share", (*SWAP, "--cross-replace", "1.5")),
+    "scale": ("UsageError", "expected a number of 0 or more", (*SWAP, "--guidance-scale", "nan")),
+    "seed": ("UsageError", "'-1'; expected a whole number", (*SWAP, "--seed", "-1")),
+    "number": ("UsageError", "argument --steps", (*SWAP, "--steps", "few")),
+    "device": ("ModelError", "available: ", (*SWAP, "--device", "abacus")),
+    "unknown option": ("UsageError", "unrecognized arguments: --swop", (*SWAP, "--swop", "cat")),
+    "missing option": ("UsageError", "required: --out", without("--out", EDIT)),
+    "article for a subject": ("PromptError", "with an article", ("generate", "", *SWAP[-4:], "--out", "{tmp}/out.png")),
+    "word of a heat map": (
+        "WordNotFoundError", "Did you mean 'grass'", (*without("--steps", EDIT), "--words", "cat", "gras"),
+    ),
+    "file as folder": ("OutputError", "cannot make the folder", ("demo", "--out", "{scene}")),
+}  # fmt: skip
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("name", MISTAKES)
+    def test_one_line_code_2_nothing_run_and_nothing_written(self, shell, monkeypatch, name):
+        error, message, arguments = MISTAKES[name]
+        if name == "word of a heat map":
+            arguments = ("heatmap", *arguments[1:])
+
+        def run(*_):
+            raise AssertionError("a network ran")
+
+        monkeypatch.setattr("p2p_subject.models.Model.noise", run)
+        monkeypatch.setattr("p2p_subject.models.Model.encode_images", run)
+        code, out, err = shell(*arguments, "--json")
+        assert code == 2
+        assert err.startswith("p2p-subject: error: ") and err.count("\n") == 1 and message in err
+        told = json.loads(out)
+        assert told["error"] == error and message in told["message"]
+        assert shell.written() == []
+
+    def test_without_json_stdout_stays_empty(self, shell):
+        code, out, err = shell(*SWAP, "--swap", "cats")
+        assert (code, out) == (2, "") and "Did you mean 'cat'?" in err
+
+    def test_folder_that_is_no_model(self, shell):
+        code, _, err = shell("info", model=shell.folder)
+        assert code == 2 and "model_index.json" in err and err.count("\n") == 1
+
+    def test_a_saved_source_knows_its_prompt_and_steps(self, shell):
+        shell.report(*SWAP, "--save-source", "{tmp}/scene.safetensors")
+        edit = ("edit", "{tmp}/scene.safetensors", "--target-prompt", "a dog on grass", "--out", "{tmp}/b.png")
+        for extra, message in ((("--prompt", "a dog"), "leave --prompt out"), (("--steps", "3"), "leave --steps out")):
+            code, _, err = shell(*edit, *extra)
+            assert code == 2 and message in err
+
+    def test_interrupted(self, shell, monkeypatch):
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("p2p_subject.editor.Editor.edit", interrupt)
+        code, out, err = shell(*SWAP, "--json")
+        assert code == 130 and json.loads(out)["error"] == "KeyboardInterrupt" and err.count("\n") == 1
+        assert shell.written() == []
+
+    def test_what_is_not_the_users_fault_keeps_its_traceback(self, shell, monkeypatch):
+        def fail(*_, **__):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr("p2p_subject.editor.Editor.edit", fail)
+        with pytest.raises(ZeroDivisionError):
+            shell(*SWAP)
+
+
+class TestDevices:
+    def test_the_first_accelerator_is_the_default(self, monkeypatch):
+        loaded = []
+        monkeypatch.setattr("p2p_subject.editor.Editor.from_pretrained", lambda name, **given: loaded.append(given["device"]))
+        monkeypatch.setattr(commands, "devices", lambda: ["cuda:0", "cuda:1", "cpu"])
+        for asked in (None, "cuda", "cuda:1", "cpu"):
+            commands.load_editor(Namespace(model=None, dtype="float32", device=asked))
+        assert loaded == ["cuda:0", "cuda", "cuda:1", "cpu"]
+
+
+class TestProcess:
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--version"], ["--help"], *([name, "--help"] for name in ("edit", "generate", "heatmap", "demo", "info"))],
+    )
+    def test_help_imports_nothing_heavy(self, arguments):
+        code = (
+            "import sys; from p2p_subject.cli import main\n"
+            "try: main(sys.argv[1:])\n"
+            f"except SystemExit as end: print(end.code, [m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert done.stderr.strip() == "0 []" and "p2p-subject" in done.stdout
+
+    def test_in_a_pipe_there_is_one_object_on_stdout_and_nothing_on_stderr(self, shell):
+        # More steps than two seconds' worth, after which bars would show on a terminal, are not needed: stderr is a pipe.
+        words = [argument.format(**shell.paths, tmp=shell.folder) for argument in SWAP]
+        command = [sys.executable, "-m", "p2p_subject", *words, "--model", str(shell.model), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stderr == "" and json.loads(done.stdout)["prompt"] == "a dog on grass"

@@ -1,0 +1,263 @@
+"""The main job on a tiny model with random weights: what is exact must be exact whatever the weights are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from inversion import ModelMismatchError, NonFiniteError, StepsError, TrajectoryError
+from p2p_subject import Blend, Editor, EditSpec, Source, Subject, swap_subject
+from p2p_subject.errors import (
+    EditSpecError,
+    HookError,
+    ImageError,
+    MaskError,
+    ModelError,
+    PromptTooLongError,
+    WordNotFoundError,
+)
+from p2p_subject.outputs import feather
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def editor(miniature_folder) -> Editor:
+    return Editor.from_pretrained(miniature_folder)
+
+
+def picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
+    """Smooth noise of any size."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def source(editor) -> Source:
+    return editor.invert(picture(), "a cat on grass", steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def dog() -> Subject:
+    return Subject(picture(seed=1), "dog")
+
+
+def same(a, b) -> bool:
+    return torch.equal(a.latents, b.latents) and np.array_equal(a.image, b.image)
+
+
+def test_a_swap_returns_pictures_of_the_inputs_size(editor, dog) -> None:
+    for size in ((64, 64), (90, 61), (40, 130)):
+        source = editor.invert(picture(*size), "a cat on grass", steps=2)
+        result = editor.edit(source, swap_subject("cat", dog))
+        assert result.image.size == result.mask.size == result.source_image.size == size
+        assert set(result.maps) == {"cat", "dog"} and all(heat.size == size for heat in result.maps.values())
+        assert result.prompt == "a dog on grass" and torch.isfinite(result.latents).all()
+
+
+def test_an_edit_of_an_inverted_source_runs_three_rows_a_step(editor, source, dog) -> None:
+    swap = swap_subject("cat", dog)
+    assert editor.edit(source, swap).unet_rows == 3 * STEPS
+    assert [r.unet_rows for r in editor.edit(source, [swap, swap])] == [5 * STEPS] * 2
+
+
+def test_latents_outside_the_mask_are_the_sources_at_every_step(editor, source, dog) -> None:
+    mask = np.zeros((64, 64), bool)
+    mask[16:40, 20:44] = True
+    outside = torch.ones(16, 16, dtype=torch.bool)
+    outside[4:10, 5:11] = False
+    seen = []
+
+    def check(step: int, latents: torch.Tensor) -> None:
+        seen.append(step)
+        assert torch.equal(latents[0][:, outside], source.trajectory.after(step)[0][:, outside])
+
+    result = editor.edit(source, swap_subject("cat", dog), mask=mask, callback=check)
+    assert seen == list(range(STEPS)) and not torch.equal(result.latents, source.trajectory.clean)
+    assert np.array_equal(np.asarray(result.mask) > 0, mask)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_background_is_bit_exact_outside_the_feathered_mask(editor, source, dog, given) -> None:
+    mask = None
+    if given:
+        mask = np.zeros((64, 64), np.uint8)
+        mask[10:30, 30:60] = 255
+    spec = swap_subject("cat", dog, blend=Blend(threshold=1.0))  # no score exceeds its maximum: an empty mask
+    result = editor.edit(source, spec, mask=mask)
+    inside = feather(np.asarray(result.mask) > 0, 2, 2.0) > 0
+    assert 0 < inside.mean() < 1 if given else not inside.any()
+    assert np.array_equal(np.asarray(result.image)[~inside], np.asarray(source.image)[~inside])
+    pasted_off = editor.edit(source, spec, mask=mask, paste=False)
+    assert not np.array_equal(np.asarray(pasted_off.image)[~inside], np.asarray(source.image)[~inside])
+
+
+def test_a_no_op_edit_reproduces_the_source_exactly(editor) -> None:
+    """Same prompt, everything replaced, guidance 1: the target's row computes what the source's does, up to row order."""
+    source = editor.generate("a cat on grass", seed=3, steps=STEPS, guidance_scale=1)
+    spec = EditSpec(prompt="a cat on grass", cross_replace=1.0, self_replace=1.0, blend=None)
+    result = editor.edit(source, spec, guidance_scale=1)
+    assert (result.latents - source.trajectory.clean).abs().max() < 1e-4
+
+
+def test_same_seed_same_pixels_and_edits_leave_no_trace(editor, source, dog) -> None:
+    swap = swap_subject("cat", dog)
+    fresh_image = editor.generate("a cat on grass", seed=5, steps=STEPS)
+    first = editor.edit(source, swap)
+
+    def stop(step: int, latents: torch.Tensor) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(source, swap, callback=stop)
+    assert same(editor.edit(source, swap), first)
+    again = editor.generate("a cat on grass", seed=5, steps=STEPS)
+    assert torch.equal(again.trajectory.latents, fresh_image.trajectory.latents)
+    assert not torch.equal(editor.generate("a cat on grass", seed=6, steps=STEPS).trajectory.clean, again.trajectory.clean)
+
+
+def test_several_edits_in_one_call_equal_the_single_ones(editor, source, dog) -> None:
+    specs = [
+        swap_subject("cat", dog),
+        swap_subject("cat", dog, cross_replace=0.5, self_replace=0.0),
+        EditSpec(prompt="a cat on sand", cross_replace=(0.0, 0.5), self_replace=0.75, blend=None),
+    ]
+    for together, alone in zip(editor.edit(source, specs), [editor.edit(source, spec) for spec in specs]):
+        assert (together.latents - alone.latents).abs().max() < 1e-4
+
+
+def test_sources_survive_saving(editor, source, dog, tmp_path) -> None:
+    source.save(tmp_path / "s.safetensors")
+    read = Source.load(tmp_path / "s.safetensors")
+    assert same(editor.edit(read, swap_subject("cat", dog)), editor.edit(source, swap_subject("cat", dog)))
+    generated = editor.generate("a dog on grass", subject=dog, seed=0, steps=2)
+    generated.save(tmp_path / "g.safetensors")
+    assert torch.equal(Source.load(tmp_path / "g.safetensors").subject, generated.subject)
+    source.trajectory.save(tmp_path / "t.safetensors")
+    with pytest.raises(TrajectoryError, match="without its picture"):
+        Source.load(tmp_path / "t.safetensors")
+
+
+def test_a_generated_source_can_be_edited_and_its_subject_swapped(editor, dog) -> None:
+    source = editor.generate("a dog on grass", subject=dog, seed=0, steps=STEPS)
+    result = editor.edit(source, swap_subject("dog", Subject(picture(seed=2), "cat")))
+    assert result.prompt == "a cat on grass" and result.unet_rows == 3 * STEPS
+
+
+def test_several_pictures_of_a_subject_are_averaged(editor) -> None:
+    pictures = [picture(seed=1), picture(seed=2)]
+    mean = torch.stack([editor.model.embed(Subject(p, "dog")) for p in pictures]).mean(0)
+    assert torch.allclose(editor.model.embed(Subject(pictures, "dog")), mean, atol=1e-6)
+
+
+def test_heat_maps_are_of_the_pictures_size_and_bounded(editor, source) -> None:
+    for rule in ("peak", "share"):
+        heat = editor.heatmap(source, "cat", rule=rule)
+        assert heat.shape == (64, 64) and heat.min() >= 0 and heat.max() <= 1 + 1e-6
+    assert editor.attention(source).shape == (editor.model.layout("a").length, 16, 16)
+
+
+def test_latent_output_skips_decoding(editor, source, dog) -> None:
+    result = editor.edit(source, swap_subject("cat", dog), output_type="latent")
+    assert result.image is None and torch.equal(result.latents, editor.edit(source, swap_subject("cat", dog)).latents)
+
+
+@given(steps=st.integers(1, 3), width=st.integers(30, 90), height=st.integers(30, 90))
+@settings(deadline=None, max_examples=8)
+def test_any_picture_shape_and_step_count(editor, dog, steps, width, height) -> None:
+    result = editor.edit(editor.invert(picture(width, height), "a cat", steps=steps), swap_subject("cat", dog))
+    assert result.image.size == (width, height)
+
+
+class Counted:
+    """Fails the test if the U-Net runs: bad input has to be refused before."""
+
+    def __init__(self, editor: Editor, monkeypatch) -> None:
+        def forward(*_, **__):
+            raise AssertionError("a network ran")
+
+        monkeypatch.setattr(editor.model.unet, "forward", forward)
+        monkeypatch.setattr(editor.model.pipeline.vae, "encode", forward)
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001, 2.5, True, None])
+def test_bad_step_counts_are_refused(editor, monkeypatch, steps) -> None:
+    Counted(editor, monkeypatch)
+    for call in (lambda: editor.invert(picture(), "a cat", steps=steps), lambda: editor.generate("a cat", steps=steps)):
+        with pytest.raises(StepsError, match="expected a whole number between 1 and 1000"):
+            call()
+
+
+def test_bad_input_is_refused_before_any_network_runs(editor, source, dog, monkeypatch) -> None:
+    Counted(editor, monkeypatch)
+    with pytest.raises(WordNotFoundError, match="Did you mean 'cat'"):
+        editor.edit(source, swap_subject("cta", dog))
+    with pytest.raises(PromptTooLongError):
+        editor.invert(picture(), "a cat " + "on grass and sand " * 9)
+    with pytest.raises(ImageError):
+        editor.invert("no/such/picture.png", "a cat")
+    with pytest.raises(MaskError):
+        editor.edit(source, swap_subject("cat", dog), mask=np.zeros((64, 64)))
+    for bad in ("a dog", [], [3]):
+        with pytest.raises(EditSpecError, match="expected an EditSpec"):
+            editor.edit(source, bad)
+    with pytest.raises(EditSpecError, match="output_type"):
+        editor.edit(source, swap_subject("cat", dog), output_type="tensor")
+    for scale in (-1, float("nan"), "high"):
+        with pytest.raises(EditSpecError, match="guidance_scale"):
+            editor.edit(source, swap_subject("cat", dog), guidance_scale=scale)
+    with pytest.raises(EditSpecError, match="multiples of 16"):
+        editor.generate("a cat", size=(60, 64))
+    with pytest.raises(TrajectoryError, match=r"expected \(1, 4, h, w\)"):
+        editor.generate("a cat", latents=torch.zeros(1, 3, 16, 16))
+
+
+def test_a_trajectory_of_another_model_is_refused(editor, source, dog) -> None:
+    other = replace(source, trajectory=replace(source.trajectory, fingerprint="0123456789abcdef"))
+    with pytest.raises(ModelMismatchError, match="invert the picture again"):
+        editor.edit(other, swap_subject("cat", dog))
+
+
+def test_nan_in_the_latents_is_named(editor) -> None:
+    with pytest.raises(NonFiniteError):
+        editor.generate("a cat", latents=torch.full((1, 4, 16, 16), torch.nan), steps=2)
+
+
+def test_a_folder_that_is_not_a_model_is_refused(tmp_path) -> None:
+    with pytest.raises(ModelError, match="model_index.json"):
+        Editor.from_pretrained(tmp_path)
+    with pytest.raises(ModelError):
+        Editor.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_foreign_processor_on_the_model_stops_the_edit(miniature_folder, dog) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    class Foreign(AttnProcessor2_0):
+        pass
+
+    editor = Editor.from_pretrained(miniature_folder)
+    source = editor.invert(picture(), "a cat", steps=2)
+    editor.model.unet.set_attn_processor(Foreign())
+    with pytest.raises(HookError, match="Foreign"):
+        editor.edit(source, swap_subject("cat", dog))
+    assert all(type(p) is Foreign for p in editor.model.unet.attn_processors.values())
+
+
+def test_half_precision_networks_keep_latents_in_single(miniature_folder, dog) -> None:
+    editor = Editor.from_pretrained(miniature_folder, dtype=torch.bfloat16)
+    source = editor.invert(picture(), "a cat on grass", steps=2)
+    assert source.trajectory.latents.dtype == torch.float32
+    assert editor.edit(source, swap_subject("cat", dog)).latents.dtype == torch.float32
+
+
+def test_precision_does_not_change_the_fingerprint(editor, miniature_folder) -> None:
+    half = Editor.from_pretrained(miniature_folder, dtype=torch.bfloat16)
+    assert half.model.fingerprint == editor.model.fingerprint
