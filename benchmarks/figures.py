@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.cost import environment
 from benchmarks.judge import Judge, right_category, right_look, scene_batch
-from benchmarks.metrics import LINES, iou, pivot, psnr, summarise, table
+from benchmarks.metrics import iou, psnr, results
 from inversion import walk
 from p2p_subject.blend import RULES, binary_mask, competitors, region
 from p2p_subject.editor import Editor, EditResult
@@ -36,13 +36,12 @@ from p2p_subject.models import MINIATURE_GUIDANCE
 from p2p_subject.outputs import atomic_write, feather, save_image
 from p2p_subject.sampling import guided, threshold_of
 from p2p_subject.training import world
-from p2p_subject.training.world import Look, SceneSpec
 from p2p_subject.viz import contact_sheet
 
 Row = dict[str, Any]
 SHOWN = 12
 """Cases of a group that are drawn on its sheet."""
-THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 13))
+THRESHOLDS = tuple(round(0.05 * k, 2) for k in range(1, 19))
 SHIFT = 10_000
 """Added to the index of a new look in the sweep, so that the table's looks are not those the defaults were chosen on."""
 
@@ -81,13 +80,15 @@ class Bench:
         predict = guided(model.noise, model.encode(model.layout("")), torch.cat(contexts), self.settings.guidance)
         return model.decode(walk(predict, noise, model.schedule(self.settings.steps).sampling()))
 
-    def judged(self, images: Sequence, looks: Sequence[Look], specs: Sequence[SceneSpec], prefix: str = "") -> list[Row]:
+    def judged(
+        self, images: Sequence, looks: Sequence[world.Look], specs: Sequence[world.SceneSpec], prefix: str = ""
+    ) -> list[Row]:
         """Right category, look, both at once, and background, as booleans for each picture."""
         rows = []
         for verdict, look, spec in zip(self.judge.verdicts(images), looks, specs):
             category, alike = right_category(verdict, look), right_look(verdict, look)
-            row = {"category": category, "look": alike, "both": category and alike}
-            row["background"] = verdict.background == spec.background
+            ground = verdict.background == spec.background
+            row = {"category": category, "look": alike, "both": category and alike, "background": ground}
             rows.append({prefix + name: value for name, value in row.items()})
         return rows
 
@@ -98,7 +99,7 @@ def bench_of(settings: Settings) -> Bench:
     return Bench(settings)
 
 
-def subject_of(look: Look, split: str, index: int) -> Subject:
+def subject_of(look: world.Look, split: str, index: int) -> Subject:
     """A subject with its one reference picture."""
     return Subject(Image.fromarray(world.reference(look, split, index)), look.category)
 
@@ -127,17 +128,16 @@ def generated(bench: Bench, indices: Sequence[int], split: str | None, edited: b
     prompts, looks = [spec.caption(tint=edited) for spec in specs], [spec.look for spec in specs]
     subjects = [split and subject_of(look, split, index) for look, index in zip(looks, indices)]
     images = bench.generate(prompts, subjects, indices)
-    panels = [
-        [*([("subject", subject.pictures[0])] if subject else []), (prompt, image), ("drawn", world.draw(spec).picture)]
-        for subject, prompt, image, spec in zip(subjects, prompts, images, specs)
-    ]
-    return [row | {"panels": shown} for row, shown in zip(bench.judged(images, looks, specs), panels)]
+    rows = bench.judged(images, looks, specs)
+    for row, subject, prompt, image, spec in zip(rows, subjects, prompts, images, specs):
+        given = [("subject", subject.pictures[0])] if subject else []
+        row["panels"] = [*given, (prompt, image), ("drawn", world.draw(spec).picture)]
+    return rows
 
 
 def masks(bench: Bench, indices: Sequence[int], split: str, twin: bool = False) -> list[Row]:
     """IoU with the truth of the source word's mask at the picture's size: by default ("iou"), by every rule and threshold."""
-    editor = bench.twin if twin else bench.editor
-    rows = []
+    rows, editor = [], bench.twin if twin else bench.editor
     for spec in (world.sample(split, index) for index in indices):
         scene, prompt = world.draw(spec), spec.caption()
         attention = editor.attention(editor.invert(scene.picture, prompt, steps=bench.settings.steps))
@@ -146,13 +146,13 @@ def masks(bench: Bench, indices: Sequence[int], split: str, twin: bool = False) 
         others, size = competitors(words, columns), scene.mask.shape
         scores = {name: region(attention, columns, others, rule, size) for name, (rule, _) in RULES.items()}
         default = binary_mask([scores[Blend().rule]], threshold_of(Blend())).numpy() > 0.5
-        each = {f"{name} {t:g}": iou(score.numpy() > t, scene.mask) for name, score in scores.items() for t in THRESHOLDS}
+        each = {name: {f"{t:g}": iou(score.numpy() > t, scene.mask) for t in THRESHOLDS} for name, score in scores.items()}
         panels = [(prompt, scene.picture), ("mask", Image.fromarray(default)), ("true mask", Image.fromarray(scene.mask))]
         rows.append({"iou": iou(default, scene.mask), **each, "panels": panels})
     return rows
 
 
-def measured(bench: Bench, result: EditResult, spec: SceneSpec, look: Look) -> Row:
+def measured(bench: Bench, result: EditResult, spec: world.SceneSpec, look: world.Look) -> Row:
     """What one swap is worth: the judge's view, mask against the true old and new subject, background kept or not."""
     model, source = bench.editor.model, np.asarray(result.source_image)
     union = world.draw(spec).mask | world.draw(spec.with_look(look)).mask
@@ -178,17 +178,15 @@ def swaps(bench: Bench, indices: Sequence[int]) -> list[Row]:
         began = time.perf_counter()
         source = editor.invert(scene.picture, spec.caption(), steps=bench.settings.steps)
         inverted = time.perf_counter()
-        spec_of_edit = swap_subject(spec.look.category, subject)
-        result = editor.edit(source, spec_of_edit, guidance_scale=bench.settings.guidance)
+        result = editor.edit(source, swap_subject(spec.look.category, subject), guidance_scale=bench.settings.guidance)
         seconds = {"invert_seconds": inverted - began, "seconds": time.perf_counter() - began}
         row = measured(bench, result, spec, look) | seconds
         for name, picture in (("copy_", scene.picture), ("truth_", truth.picture)):
             row |= bench.judged([picture], [look], [spec], name)[0]
         rebuilt = np.asarray(editor.model.decode(source.trajectory.clean)[0])
         row["rebuilt_psnr"] = psnr(rebuilt, scene.image, ~(scene.mask | truth.mask))
-        named = ("source", "subject", "mask", "edited", "drawn")
         pictures = (scene.picture, subject.pictures[0], result.mask, result.image, truth.picture)
-        rows.append(row | {"panels": list(zip(named, pictures))})
+        rows.append(row | {"panels": list(zip(("source", "subject", "mask", "edited", "drawn"), pictures))})
     return rows
 
 
@@ -203,7 +201,7 @@ def variants() -> dict[str, tuple[dict[str, Any], float | None]]:
 
 def sweep(bench: Bench, indices: Sequence[int]) -> list[Row]:
     """Swaps of validation scenes at every setting; one row a setting, edits of one scale in one batch."""
-    rows = []
+    rows: list[Row] = []
     for index in indices:
         spec, look = world.sample("validation", index), world.sample("new_hue", SHIFT + index).look
         subject = subject_of(look, "new_hue", SHIFT + index)
@@ -211,24 +209,18 @@ def sweep(bench: Bench, indices: Sequence[int]) -> list[Row]:
         for scale in {scale for _, scale in variants().values()}:
             chosen = {name: changes for name, (changes, own) in variants().items() if own == scale}
             edits = [swap_subject(spec.look.category, subject, **changes) for changes in chosen.values()]
-            results = bench.editor.edit(source, edits, guidance_scale=scale or bench.settings.guidance)
-            rows += [measured(bench, r, spec, look) | {"setting": name, "index": index} for name, r in zip(chosen, results)]
+            edited = bench.editor.edit(source, edits, guidance_scale=scale or bench.settings.guidance)
+            rows += [measured(bench, result, spec, look) | {"setting": name} for name, result in zip(chosen, edited)]
     return rows
 
 
+HELD_OUT = ("test", "new_hue", "new_art")
 GROUPS: dict[str, tuple[Callable[[Bench, Sequence[int]], list[Row]], int]] = {
-    "real test": (partial(real, split="test"), 32),
-    "real new_hue": (partial(real, split="new_hue"), 32),
-    "real new_art": (partial(real, split="new_art"), 32),
+    **{f"real {split}": (partial(real, split=split), 32) for split in HELD_OUT},
     "caption": (partial(generated, split=None), 32),
-    "subject new_hue": (partial(generated, split="new_hue"), 32),
-    "subject new_art": (partial(generated, split="new_art"), 32),
-    "subject test": (partial(generated, split="test"), 32),
-    "mask test": (partial(masks, split="test"), 8),
-    "mask new_art": (partial(masks, split="new_art"), 8),
-    "mask validation": (partial(masks, split="validation"), 8),
-    "mask twin test": (partial(masks, split="test", twin=True), 8),
-    "mask twin validation": (partial(masks, split="validation", twin=True), 8),
+    **{f"subject {split}": (partial(generated, split=split), 32) for split in HELD_OUT},
+    **{f"mask {split}": (partial(masks, split=split), 8) for split in ("test", "new_art", "validation")},
+    **{f"mask twin {split}": (partial(masks, split=split, twin=True), 8) for split in ("test", "validation")},
     "swap": (swaps, 8),
     "swap by caption": (partial(generated, split=None, edited=True), 32),
     "sweep": (sweep, 1),
@@ -238,8 +230,9 @@ GROUPS: dict[str, tuple[Callable[[Bench, Sequence[int]], list[Row]], int]] = {
 
 def attempt(settings: Settings, group: str, indices: Sequence[int]) -> list[Row]:
     """Rows of some cases of a group; a batch that fails is repeated one by one, a case that fails is a row with "error"."""
+    bench = bench_of(settings)
     try:
-        rows = GROUPS[group][0](bench_of(settings), indices)
+        rows = GROUPS[group][0](bench, indices)
     except Exception as error:
         if len(indices) > 1:
             return [row for index in indices for row in attempt(settings, group, [index])]
@@ -265,6 +258,7 @@ def run(settings: Settings, groups: Sequence[str], processes: int) -> Iterator[l
 
 def measure(settings: Settings, groups: Sequence[str], out: Path, processes: int) -> str:
     """Run the groups; write `cases.jsonl`, `figures.json` and a sheet of pictures a group to `out`; return the tables."""
+    record = environment(settings.model)  # first, so that a folder that is no model is refused at once
     out.mkdir(parents=True, exist_ok=True)
     rows, sheets = [], {}
     with (out / "cases.jsonl").open("w") as file:
@@ -278,17 +272,9 @@ def measure(settings: Settings, groups: Sequence[str], out: Path, processes: int
     for group, cases in sheets.items():
         save_image(contact_sheet([cases[index] for index in sorted(cases)], panel=128, title=group), out / f"{group}.png")
     rows.sort(key=lambda row: (groups.index(row["group"]), row["index"]))
-    figures = [figure for line in LINES if (figure := summarise(line, rows))]
-    texts = [table(figures)] if figures else []
-    for group in groups:
-        own = [row for row in rows if row["group"] == group]
-        if group == "sweep":
-            texts.append(pivot(own, "setting", ("both", "category", "background", "iou", "psnr")))
-        elif group.startswith("mask"):
-            each = [{"rule": name, "iou": row[name]} for row in own for name in row if name.split()[0] in RULES]
-            texts.append(f"{group}\n{pivot(each + [row for row in own if 'error' in row], 'rule', ('iou',))}")
-    report = {"settings": asdict(settings), "environment": environment(settings.model), "figures": [asdict(f) for f in figures]}
-    atomic_write(out / "figures.json", json.dumps(report | {"tables": texts[1:]}, indent=2))
+    figures, texts = results(rows)
+    report = {"settings": asdict(settings), "environment": record, "figures": [asdict(figure) for figure in figures]}
+    atomic_write(out / "figures.json", json.dumps(report | {"tables": texts}, indent=2))
     return "\n\n".join(texts)
 
 

@@ -1,6 +1,6 @@
 """An independent judge of scenes: which subject, which look, which background.
 
-    python -m benchmarks.judge train --out FOLDER --minutes 25 --ship
+    python -m benchmarks.judge train --out FOLDER --minutes 15 --ship
     python -m benchmarks.judge measure
 
 A small convolutional network trained on real scenes of the split "judge" only, never on the output of a diffusion model,
@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from p2p_subject.outputs import atomic_path
 from p2p_subject.training import world
 from p2p_subject.training.world import BACKGROUNDS, CATEGORIES, SOURCES, Look
 
@@ -84,13 +83,11 @@ def _halve(inputs: int, outputs: int, kernel: int = 3) -> nn.Sequential:
 class JudgeNet(nn.Module):
     """(B, 3, 64, 64) in [-1, 1] to the logits of `HEADS`; 1.1 million parameters."""
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128, 160)) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        a, b, c, d = widths
-        self.body = nn.Sequential(
-            _halve(3, a, 5), _halve(a, b), Residual(b), _halve(b, c), Residual(c), _halve(c, d), Residual(d)
-        )
-        self.heads = nn.Linear(2 * d, sum(HEADS))
+        deeper = [(_halve(a, b), Residual(b)) for a, b in ((32, 64), (64, 128), (128, 160))]
+        self.body = nn.Sequential(_halve(3, 32, 5), *(layer for pair in deeper for layer in pair))
+        self.heads = nn.Linear(2 * 160, sum(HEADS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits of art, natural, hue and background, float32."""
@@ -201,7 +198,10 @@ def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3) -> Pat
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = JudgeNet().to(memory_format=torch.channels_last).train()
-    average = {name: value.detach().clone().float() for name, value in network.state_dict().items()}
+    average = {
+        name: value.detach().float().clone(memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
     step, used, path = 0, 0.0, out / "checkpoint.pt"
     if path.exists():
@@ -215,7 +215,8 @@ def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3) -> Pat
         # Everything of one step in one file, so that a kill leaves no parts of two.
         state = {"step": step, "used": time.monotonic() - began, "average": average}
         state |= {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-        _write(path, partial(torch.save, state))
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
 
     bar = tqdm(desc="judge", initial=step, disable=None)
     while (progress := (time.monotonic() - began) / (60 * minutes)) < 1:
@@ -243,7 +244,8 @@ def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3) -> Pat
                 file.write(json.dumps(row) + "\n")
     bar.close()
     checkpoint()
-    _write(out / "average.safetensors", partial(save_file, average))
+    with atomic_path(out / "average.safetensors") as temporary:
+        save_file(average, temporary)
     return out / "average.safetensors"
 
 
@@ -254,16 +256,11 @@ def _validate(average: dict[str, Tensor], count: int = 200) -> dict[str, float]:
     return accuracy(Judge(network).verdicts(pictures), specs)
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def ship(average: Path, path: Path = WEIGHTS) -> None:
     """Write averaged weights in half precision, without the norms' step counters."""
     weights = {name: value.half() for name, value in load_file(average).items() if not name.endswith("num_batches_tracked")}
-    _write(path, partial(save_file, weights))
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary)
 
 
 def measure(count: int = 2000, model: Path | None = None, weights: Path | None = None) -> dict[str, dict[str, float]]:
@@ -274,8 +271,7 @@ def measure(count: int = 2000, model: Path | None = None, weights: Path | None =
     for split in ("test", "new_hue", "new_art"):
         pictures, specs = scene_batch(split, range(count))
         results[f"{split}, real"] = accuracy(judge.verdicts(pictures), specs)
-        images = [Image.fromarray(picture) for picture in pictures]
-        rebuilt = [loaded.decode(loaded.encode_images(images[start : start + 1]))[0] for start in range(count)]
+        rebuilt = [loaded.decode(loaded.encode_images([Image.fromarray(picture)]))[0] for picture in pictures]
         results[f"{split}, reconstructed"] = accuracy(judge.verdicts(rebuilt), specs)
     return results
 

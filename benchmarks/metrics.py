@@ -157,9 +157,28 @@ def pivot(rows: Sequence[dict], by: str, fields: Sequence[str]) -> str:
     names = list(dict.fromkeys(row[by] for row in rows if by in row))
     errors = [row for row in rows if "error" in row]
     width = max(map(len, names), default=0)
-    text = [f"{by:{width}}  {'n':>4}" + "".join(f"  {name:>13}" for name in fields)]
+    text = [f"{by:{width}}  {'n':>4}" + "".join(f"  {name:>5}" for name in fields)]
     for name in names:
         own = [row for row in rows if row.get(by) == name]
         means = [sum(row[key] for row in own) / (len(own) + len(errors)) for key in fields]
-        text.append(f"{name:{width}}  {len(own):4d}" + "".join(f"  {value:13.3f}" for value in means))
+        cells = [f"  {value:{max(len(key), 5)}.3f}" for key, value in zip(fields, means)]
+        text.append("".join([f"{name:{width}}  {len(own):4d}", *cells]))
     return "\n".join([*text, f"cases that raised an error: {len(errors)}"])
+
+
+def results(rows: Sequence[dict]) -> tuple[list[Figure], list[str]]:
+    """All that rows say: the figures and, as texts, their table, IoU by rule and threshold, and the settings of a sweep.
+
+    A field that holds a dict has a value for each threshold.
+    """
+    figures = [figure for line in LINES if (figure := summarise(line, rows))]
+    texts = [table(figures)] if figures else []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        own = [row for row in rows if row["group"] == group]
+        errors = [row for row in own if "error" in row]
+        each = [{"rule": name} | value for row in own for name, value in row.items() if isinstance(value, dict)]
+        if each:
+            texts.append(f"{group}: IoU by threshold\n" + pivot(each + errors, "rule", list(each[0])[1:]))
+        if any("setting" in row for row in own):
+            texts.append(pivot(own, "setting", ("both", "category", "background", "iou", "psnr")))
+    return figures, texts

@@ -99,8 +99,8 @@ def heatmap(arguments: Namespace) -> Report:
     source = _invert(editor, arguments, opened, prompt, words=arguments.words)
     names = [word if isinstance(word, str) else f"{word[0]}#{word[1]}" for word in arguments.words]
     panels = [(f"“{prompt}”", source.image)]
-    for word, name in zip(arguments.words, names):
-        panels.append((f"“{name}”", overlay(source.image, editor.heatmap(source, word, **given(arguments, "rule")))))
+    heats = editor.heatmaps(source, arguments.words, **given(arguments, "rule"))
+    panels += [(f"“{name}”", overlay(source.image, heat)) for name, heat in zip(names, heats)]
     outputs = _write(targets, {"image": contact_sheet([panels], panel=panel_for(source.image))}, source)
     report = {"outputs": outputs, "prompt": prompt, "words": names, **run_report(editor, arguments, source)}
     return report, [f"{prompt!r}: attention to {', '.join(names)}", *listed(outputs)]
@@ -188,14 +188,11 @@ def listed(outputs: dict[str, str]) -> list[str]:
 def run_report(editor: Editor, arguments: Namespace, source: Source) -> dict[str, Any]:
     """What every command that runs the model reports."""
     model = editor.model
-    scale = getattr(arguments, "guidance_scale", None)
-    return {
-        "seed": arguments.seed,
-        "steps": source.trajectory.schedule.steps,
-        "guidance_scale": model.guidance_scale if scale is None else scale,
-        "model": model.name,
-        "device": str(model.device),
-    }
+    report = {"model": model.name, "device": str(model.device), "seed": arguments.seed}
+    report["steps"] = source.trajectory.schedule.steps
+    if "guidance_scale" in arguments:
+        report["guidance_scale"] = model.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
+    return report
 
 
 def load_editor(arguments: Namespace) -> Editor:

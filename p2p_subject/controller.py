@@ -43,8 +43,8 @@ class StepControl:
     """What the attention layers do in one network call of `rows` rows.
 
     Row `targets[k]` follows row `sources[k]`. `from_source` (K, S, T) and `from_target` (K, T) change cross-attention's values
-    (None: no cross-attention is changed). Self-attention of target k over at most `self_pixels[k]` pixels takes queries and keys
-    of its source (0: none does). `sink` receives maps, after the edit.
+    (None: no cross-attention is changed). Self-attention of target k over at most `self_pixels[k]` pixels takes
+    queries and keys of its source (0: none does). `sink` receives maps, after the edit.
     """
 
     rows: int

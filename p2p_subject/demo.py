@@ -134,7 +134,7 @@ def command(arguments: Namespace) -> Report:
         for row in rows
     ]
     lines = [
-        f"row-{at}: {row.source.prompt!r}, {row.word!r} becomes the {row.category} of the picture: {row.result.prompt!r}"
+        f"row-{at}: {row.source.prompt!r} -> {row.result.prompt!r}, the {row.category} being that of row-{at}/subject.png"
         for at, row in enumerate(rows, 1)
     ]
     return {"outputs": outputs, "edits": told, **run_report(editor, arguments, rows[0].source)}, [*lines, *listed(outputs)]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from inversion import Move, Trajectory, TrajectoryError, ddim, walk
 from p2p_subject.alignment import align
-from p2p_subject.attention import controlled_attention, map_size
+from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
 from p2p_subject.controller import compile_edits
 from p2p_subject.edits import EditSpec, Word
@@ -23,7 +23,7 @@ from p2p_subject.errors import EditSpecError
 from p2p_subject.images import Frame, fit, load_image, load_mask
 from p2p_subject.models import Model
 from p2p_subject.outputs import feather, paste_back, restore
-from p2p_subject.prompts import describe
+from p2p_subject.prompts import describe, require_subject_first, word_and_index
 from p2p_subject.sampling import MapMean, Target, conditional, controlled, guided, trajectory_maps
 from p2p_subject.source import Source
 from p2p_subject.visible import heat_maps, latent_mask, pixel_mask, to_gray
@@ -92,6 +92,8 @@ class Editor:
         schedule = model.schedule(steps)
         scale = self._scale(guidance_scale)
         target = model.layout(prompt, subject=subject is not None)
+        if subject is not None:
+            require_subject_first(target, subject.category)
         negative = model.layout(negative_prompt)
         noise = self._noise_latents(latents, seed, size)
         embedded = None if subject is None else model.embed(subject)
@@ -133,18 +135,18 @@ class Editor:
         trajectory.require_model(model.fingerprint)
         words = model.layout(trajectory.prompt, subject=source.subject is not None)
         size = map_size(model.unet, tuple(trajectory.latents.shape[-2:]))
-        with controlled_attention(model.unet):
+        with model.controlled():
             context = model.encode(words, source.subject)
             return trajectory_maps(model.attend, trajectory.to(model.device), context, size).cpu()
 
-    def heatmap(self, source: Source, word: Word, *, rule: str = "peak") -> np.ndarray:
-        """Where the source's attention to a word of its prompt lies: (H, W) float32 in [0, 1], at the picture's size."""
-        words = self.model.layout(source.prompt, subject=source.subject is not None)
-        name, index = (word, None) if isinstance(word, str) else word
-        columns = words.columns(name, index)
+    def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "peak") -> list[np.ndarray]:
+        """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
+        layout = self.model.layout(source.prompt, subject=source.subject is not None)
+        columns = [layout.columns(*word_and_index(word)) for word in words]
         score, _ = rule_of(rule)
         width, height = source.image.size
-        return region(self.attention(source), columns, competitors(words, columns), score, (height, width)).numpy()
+        attention = self.attention(source)
+        return [region(attention, own, competitors(layout, own), score, (height, width)).numpy() for own in columns]
 
     @overload
     def edit(self, source: Source, edits: EditSpec, **options: Any) -> EditResult: ...
@@ -203,7 +205,7 @@ class Editor:
         fixed = None if given is None else latent_mask(given, size).to(model.device)
         targets = [
             Target(
-                model.encode(plan.layout, spec.subject and model.embed(spec.subject)),
+                model.encode(plan.layout, source.subject if spec.subject is None else model.embed(spec.subject)),
                 spec.blend,
                 plan.source_words,
                 plan.target_words,
@@ -228,18 +230,20 @@ class Editor:
                 callback(move.index, latents)
             return latents
 
-        with controlled_attention(model.unet):
+        with model.controlled():
             start = trajectory.noise.expand(len(specs), -1, -1, -1)
             latents = walk(predict, start, _progress("editing")(trajectory.schedule.sampling()), after)
 
+        # Pixels a side of one latent pixel: edits reach half a one beyond their mask and fade over another half.
+        cell = model.scale_factor * max(source.image.size) / max(source.frame.model_size)
         images = [None] * len(specs) if output_type == "latent" else model.decode(latents)
         results = []
         for k, (spec, plan) in enumerate(zip(specs, plans)):
             attention = maps.mean()[[0, 1 + k]].cpu()
-            pixels = given if given is not None else pixel_mask(targets[k], attention, source.frame)
+            pixels = given if given is not None else pixel_mask(targets[k], attention, source.frame, cell)
             image = images[k] and restore(images[k], source.frame)
             if image is not None and paste and pixels is not None:
-                image = paste_back(source.image, image, feather(pixels, *self._margin(source.frame)))
+                image = paste_back(source.image, image, feather(pixels, round(cell / 2), cell / 2))
             results.append(
                 EditResult(
                     image=image,
@@ -253,11 +257,6 @@ class Editor:
                 )
             )
         return results
-
-    def _margin(self, frame: Frame) -> tuple[int, float]:
-        """How far around the mask edited pixels are kept, and over what width they fade: half a latent cell each."""
-        cell = self.model.scale_factor * max(frame.original_size) / max(frame.model_size)
-        return round(cell / 2), cell / 2
 
     def _scale(self, guidance_scale: float | None) -> float:
         scale = self.model.guidance_scale if guidance_scale is None else guidance_scale

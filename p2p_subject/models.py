@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,17 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from inversion import Move, Schedule, ScheduleError, StepsError, require_finite, to_epsilon
+from p2p_subject.attention import controlled_attention
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
 from p2p_subject.controller import StepControl
 from p2p_subject.edits import Subject
-from p2p_subject.errors import SubjectError
+from p2p_subject.errors import ModelError, SubjectError
 from p2p_subject.images import to_tensor
 from p2p_subject.outputs import to_pil
 from p2p_subject.tokens import TokenLayout, layout
 
 MINIATURE = "miniature"
 MINIATURE_GUIDANCE = 3.0
-"""Guidance scale at which the miniature's validation swaps are best; 7.5 suits the public checkpoints."""
+SETTINGS = "editing.json"
+"""Optional file of a model folder: the guidance scale that suits it. Without it, the paper's 7.5."""
 
 
 def miniature_folder() -> Path:
@@ -40,6 +45,7 @@ class Model:
     def __init__(self, pipeline: BlipDiffusionPipeline, name: str, guidance_scale: float) -> None:
         self.pipeline, self.name, self.guidance_scale = pipeline, name, guidance_scale
         self.fingerprint = fingerprint(pipeline)
+        self._lock = threading.RLock()
 
     @classmethod
     def load(
@@ -49,15 +55,23 @@ class Model:
 
         Raises `ModelError` when the folder or name is not a model, or a weight of it is missing.
         """
-        folder = miniature_folder() if name is None else name
+        folder = miniature_folder() if name is None else Path(name)
+        if name is None and not folder.is_dir():
+            raise ModelError("this installation lacks the miniature (p2p_subject/data); reinstall it, or name a model")
         # The miniature is stored in half precision and computed in single: a CPU has no fast half arithmetic.
-        dtype = dtype or torch.float32
-        pipeline = BlipDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **options)
-        pipeline.set_progress_bar_config(disable=None)
+        pipeline = BlipDiffusionPipeline.from_pretrained(
+            folder if folder.is_dir() else name, torch_dtype=dtype or torch.float32, **options
+        )
         if device is not None:
             pipeline = pipeline.to(device)
-        is_miniature = name is None
-        return cls(pipeline, MINIATURE if is_miniature else str(name), MINIATURE_GUIDANCE if is_miniature else 7.5)
+        settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
+        return cls(pipeline, MINIATURE if name is None else str(name), float(settings.get("guidance_scale", 7.5)))
+
+    @contextmanager
+    def controlled(self) -> Iterator[None]:
+        """Attention control for the duration of a `with` block; other threads that want it wait."""
+        with self._lock, controlled_attention(self.unet):
+            yield
 
     @property
     def unet(self):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from p2p_subject.blend import competitors, rule_of
 from p2p_subject.edits import EditSpec, Word
-from p2p_subject.errors import WordNotFoundError
+from p2p_subject.errors import PromptError, WordNotFoundError
 from p2p_subject.tokens import TokenLayout
 
 Columns = tuple[int, ...]
@@ -41,7 +41,10 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     Raises `WordNotFoundError`, `AmbiguousWordError`, `PromptTooLongError` and `EditSpecError`; runs no network.
     """
     prompt, place = target_prompt(source, spec)
-    target = layout(prompt, subject=spec.subject is not None)
+    # A subject that the source was generated with stays, unless the edit brings another.
+    target = layout(prompt, subject=spec.subject is not None or len(source.subject) > 0)
+    if spec.subject is not None:
+        require_subject_first(target, spec.subject.category)
     for word in spec.weights:
         target.columns(word)
     if spec.blend is None:
@@ -63,7 +66,7 @@ def target_prompt(source: TokenLayout, spec: EditSpec) -> tuple[str, tuple[int, 
     Derived, it is the source's with the category in place of the swapped word; an article before the word follows: "a cat on
     grass" becomes "an owl on grass".
     """
-    columns = source.columns(*_word(spec.swap)) if spec.swap is not None else ()
+    columns = source.columns(*word_and_index(spec.swap)) if spec.swap is not None else ()
     if spec.prompt is not None:
         return spec.prompt, None
     spans = [source.spans[column] for column in columns]
@@ -77,12 +80,23 @@ def target_prompt(source: TokenLayout, spec: EditSpec) -> tuple[str, tuple[int, 
     return before + category + after, (len(before), len(before) + len(category))
 
 
-def _word(word: Word) -> tuple[str, int | None]:
+def require_subject_first(layout: TokenLayout, category: str) -> None:
+    """Raise `PromptError` where the category stands before the inserted subject, as in a prompt without an article."""
+    for word, columns in zip(layout.words(), layout.word_columns()):
+        if columns and columns[0] < layout.subject.start and word.lower() == category.split()[0].lower():
+            raise PromptError(
+                f"the prompt {layout.prompt!r} begins with the subject's category; the subject is inserted after the first "
+                f"word, which should be an article: 'a {layout.prompt}'"
+            )
+
+
+def word_and_index(word: Word) -> tuple[str, int | None]:
+    """A word as (text, index), the index None where it was not given."""
     return (word, None) if isinstance(word, str) else (word[0], word[1])
 
 
 def _labelled(layout: TokenLayout, words: tuple[Word, ...]) -> tuple[tuple[str, Columns], ...]:
-    return tuple((_word(word)[0], layout.columns(*_word(word))) for word in words)
+    return tuple((word_and_index(word)[0], layout.columns(*word_and_index(word))) for word in words)
 
 
 def _subject_label(target: TokenLayout, spec: EditSpec, place: tuple[int, int] | None) -> tuple[tuple[str, Columns], ...]:

@@ -8,7 +8,7 @@ the queries and keys that the targets borrow on the way. An edit of K targets co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,16 +66,18 @@ class MapMean:
         return self.total / self.count
 
 
-@dataclass
+@dataclass(frozen=True)
 class Target:
-    """What sampling needs to know of one edit: its context (1, L, D) and how its mask is made."""
+    """What sampling needs to know of one edit: its context (1, L, D) and how its mask is made.
+
+    `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention.
+    """
 
     context: Tensor
     blend: Blend | None
     source_words: Words
     target_words: Words
     fixed_mask: Tensor | None = None
-    mask: Tensor | None = field(default=None, init=False)
 
 
 def scores(target: Target, source_maps: Tensor, target_maps: Tensor, size: tuple[int, int]) -> list[Tensor]:
@@ -139,19 +141,17 @@ def controlled(
         maps.add(sink.mean())
         return guide(*predicted[1:].chunk(2), scale)
 
+    def mask_of(target: Target, own: Tensor, index: int, size: tuple[int, int]) -> Tensor | None:
+        if target.fixed_mask is not None:
+            return target.fixed_mask
+        if target.blend is None or index < int(target.blend.start * controller.steps):
+            return None
+        found = scores(target, maps.mean()[0], own, size)
+        return binary_mask(found, threshold_of(target.blend), target.blend.grow) if found else None
+
     def after(latents: Tensor, move: Move) -> Tensor:
-        mean = maps.mean()
-        kept = source.after(move.index)[0]
-        blended = []
-        for k, target in enumerate(targets):
-            if target.fixed_mask is not None:
-                target.mask = target.fixed_mask
-            elif target.blend is None or move.index < int(target.blend.start * controller.steps):
-                target.mask = None
-            else:
-                found = scores(target, mean[0], mean[1 + k], tuple(latents.shape[-2:]))
-                target.mask = binary_mask(found, threshold_of(target.blend), target.blend.grow)
-            blended.append(latents[k] if target.mask is None else blend(latents[k], kept, target.mask))
-        return torch.stack(blended)
+        kept, seen = source.after(move.index)[0], maps.mean()[1:]
+        masks = [mask_of(target, own, move.index, latents.shape[-2:]) for target, own in zip(targets, seen)]
+        return torch.stack([x if mask is None else blend(x, kept, mask) for x, mask in zip(latents, masks)])
 
     return predict, after

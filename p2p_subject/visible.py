@@ -19,17 +19,17 @@ def latent_mask(mask: np.ndarray, size: tuple[int, int]) -> Tensor:
     return (F.adaptive_max_pool2d(torch.from_numpy(mask)[None, None], size)[0, 0] > 0.5).float()
 
 
-def pixel_mask(target: Target, maps: Tensor, frame: Frame) -> np.ndarray | None:
+def pixel_mask(target: Target, maps: Tensor, frame: Frame, cell: float) -> np.ndarray | None:
     """The edit's mask at the picture's own size, (H, W) float32 of 0 and 1, or None for a global edit.
 
-    `maps` (2, T, h, w): mean maps of source and target. The scores are enlarged before they are thresholded, so the outline is
-    finer than the maps.
+    `maps` (2, T, h, w): mean maps of source and target; `cell`: pixels of the picture a side of one latent pixel. The scores
+    are enlarged before they are thresholded, so the outline is finer than the maps.
     """
     if target.blend is None:
         return None
     width, height = frame.original_size
     found = scores(target, maps[0], maps[1], (height, width))
-    return binary_mask(found, threshold_of(target.blend)).numpy() if found else None
+    return binary_mask(found, threshold_of(target.blend), round(target.blend.grow * cell)).numpy() if found else None
 
 
 def heat_maps(maps: Tensor, plan: Plan, size: tuple[int, int]) -> dict[str, Image.Image]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from p2p_subject import cli, commands, demo
+from p2p_subject import cli, commands, demo, editor
 from p2p_subject.edits import Blend, EditSpec
 from p2p_subject.training import world
 
@@ -130,6 +130,14 @@ class TestEdit:
         spec = EditSpec(prompt="a dog")
         assert (spec.cross_replace, spec.self_replace, spec.blend.rule) == ((0.0, 0.8), (0.0, 0.4), "share")
         assert "(default 0.8)" in told and "(default 0.4)" in told and "(default share)" in told
+
+    @pytest.mark.parametrize("terminal", [False, True])
+    def test_progress_shows_on_a_terminal_only(self, shell, monkeypatch, terminal):
+        bar = editor.tqdm
+        monkeypatch.setattr(editor, "tqdm", lambda *given, **options: bar(*given, **(options | {"delay": 0})))
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+        code, _, err = shell(*SWAP)
+        assert code == 0 and ("inverting" in err and "editing" in err if terminal else err == "")
 
     def test_text_for_people(self, shell):
         code, out, err = shell(*SWAP)
@@ -310,7 +318,6 @@ class TestProcess:
         assert done.stderr.strip() == "0 []" and "p2p-subject" in done.stdout
 
     def test_in_a_pipe_there_is_one_object_on_stdout_and_nothing_on_stderr(self, shell):
-        # More steps than two seconds' worth, after which bars would show on a terminal, are not needed: stderr is a pipe.
         words = [argument.format(**shell.paths, tmp=shell.folder) for argument in SWAP]
         command = [sys.executable, "-m", "p2p_subject", *words, "--model", str(shell.model), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -151,6 +152,29 @@ def test_a_generated_source_can_be_edited_and_its_subject_swapped(editor, dog) -
     assert result.prompt == "a cat on grass" and result.unet_rows == 3 * STEPS
 
 
+def test_a_subject_the_source_was_generated_with_stays_in_a_text_edit(editor, dog) -> None:
+    source = editor.generate("a dog on grass", subject=dog, seed=0, steps=STEPS)
+    text = EditSpec(prompt="a dog on sand", cross_replace=0, self_replace=0, blend=None)
+    expected = editor.generate(
+        "a dog on sand", subject=dog, latents=source.trajectory.noise, steps=STEPS, guidance_scale=2.0
+    )
+    assert (editor.edit(source, text, guidance_scale=2.0).latents - expected.trajectory.clean).abs().max() < 1e-4
+
+
+def test_a_text_edit_that_names_no_words_is_global(editor, source) -> None:
+    result = editor.edit(source, EditSpec(prompt="a cat on sand"))
+    assert result.mask is None and result.maps == {}
+
+
+def test_two_threads_with_two_sources_do_not_meet(editor, source, dog) -> None:
+    other = editor.invert(picture(80, 48, seed=4), "a fox on snow", steps=STEPS)
+    jobs = [(source, swap_subject("cat", dog)), (other, swap_subject("fox", dog))] * 2
+    alone = [editor.edit(*job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: editor.edit(*job), jobs))
+    assert all(same(a, b) for a, b in zip(alone, together))
+
+
 def test_several_pictures_of_a_subject_are_averaged(editor) -> None:
     pictures = [picture(seed=1), picture(seed=2)]
     mean = torch.stack([editor.model.embed(Subject(p, "dog")) for p in pictures]).mean(0)
@@ -159,7 +183,7 @@ def test_several_pictures_of_a_subject_are_averaged(editor) -> None:
 
 def test_heat_maps_are_of_the_pictures_size_and_bounded(editor, source) -> None:
     for rule in ("peak", "share"):
-        heat = editor.heatmap(source, "cat", rule=rule)
+        heat = editor.heatmaps(source, ["cat"], rule=rule)[0]
         assert heat.shape == (64, 64) and heat.min() >= 0 and heat.max() <= 1 + 1e-6
     assert editor.attention(source).shape == (editor.model.layout("a").length, 16, 16)
 
