@@ -46,13 +46,15 @@ class Cost:
 
 
 def environment(model: str | None) -> dict[str, object]:
-    """Versions, machine and the fingerprint of the model, for the record."""
+    """Versions, machine, fingerprint and guidance scale of the model, for the record."""
+    loaded = Model.load(model)
     packages = ("torch", "diffusers", "transformers", "numpy")
     return {
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "fingerprint": Model.load(model).fingerprint,
+        "fingerprint": loaded.fingerprint,
+        "guidance_scale": loaded.guidance_scale,
     }
 
 

@@ -32,7 +32,6 @@ from inversion import walk
 from p2p_subject.blend import RULES, binary_mask, competitors, region
 from p2p_subject.editor import Editor, EditResult
 from p2p_subject.edits import Blend, Subject, swap_subject
-from p2p_subject.models import MINIATURE_GUIDANCE
 from p2p_subject.outputs import atomic_write, feather, save_image
 from p2p_subject.sampling import guided, threshold_of
 from p2p_subject.training import world
@@ -48,13 +47,13 @@ SHIFT = 10_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: models (None: the miniature; no twin), cases a group, sampling steps, guidance scale, first seed."""
+    """What is measured: models (None: the miniature; no twin), cases a group, steps, guidance (None: the model's), seed."""
 
     model: str | None = None
     twin: str | None = None
     count: int = 200
     steps: int = 50
-    guidance: float = MINIATURE_GUIDANCE
+    guidance: float | None = None
     seed: int = 0
 
 
@@ -65,19 +64,18 @@ class Bench:
         torch.set_num_threads(1)
         self.settings, self.judge = settings, Judge.load()
         self.editor = Editor.from_pretrained(settings.model)
+        self.guidance = self.editor.model.guidance_scale if settings.guidance is None else settings.guidance
         self.twin = settings.twin and Editor.from_pretrained(settings.twin)
 
     def generate(self, prompts: Sequence[str], subjects: Sequence[Subject | None], indices: Sequence[int]) -> list[Image.Image]:
         """Pictures of prompts, each from the noise of its own seed, in one batch."""
         model, config = self.editor.model, self.editor.model.unet.config
-        contexts = [
-            model.encode(model.layout(prompt, subject=subject is not None), subject and model.embed(subject))
-            for prompt, subject in zip(prompts, subjects)
-        ]
+        layouts = [model.layout(prompt, subject=subject is not None) for prompt, subject in zip(prompts, subjects)]
+        contexts = [model.encode(words, subject and model.embed(subject)) for words, subject in zip(layouts, subjects)]
         shape = (1, config.in_channels, config.sample_size, config.sample_size)
         seeds = [torch.Generator().manual_seed(self.settings.seed + index) for index in indices]
         noise = torch.cat([torch.randn(shape, generator=seed) for seed in seeds]).to(model.device)
-        predict = guided(model.noise, model.encode(model.layout("")), torch.cat(contexts), self.settings.guidance)
+        predict = guided(model.noise, model.encode(model.layout("")), torch.cat(contexts), self.guidance)
         return model.decode(walk(predict, noise, model.schedule(self.settings.steps).sampling()))
 
     def judged(
@@ -93,10 +91,8 @@ class Bench:
         return rows
 
 
-@cache
-def bench_of(settings: Settings) -> Bench:
-    """The bench of this process, loaded once."""
-    return Bench(settings)
+bench_of = cache(Bench)
+"""The bench of this process, loaded once."""
 
 
 def subject_of(look: world.Look, split: str, index: int) -> Subject:
@@ -107,9 +103,8 @@ def subject_of(look: world.Look, split: str, index: int) -> Subject:
 def real(bench: Bench, indices: Sequence[int], split: str) -> list[Row]:
     """The ceiling: the judge on real scenes and on the autoencoder's reconstructions, PSNR of these in dB."""
     pictures, specs = scene_batch(split, indices)
-    looks = [spec.look for spec in specs]
-    images, model = [Image.fromarray(picture) for picture in pictures], bench.editor.model
-    rebuilt = model.decode(model.encode_images(images))
+    images, looks = [Image.fromarray(picture) for picture in pictures], [spec.look for spec in specs]
+    rebuilt = bench.editor.model.decode(bench.editor.model.encode_images(images))
     parts = bench.judged(images, looks, specs), bench.judged(rebuilt, looks, specs, "rebuilt_")
     return [
         a | b | {"psnr": psnr(np.asarray(image), np.asarray(again)), "panels": [("drawn", image), ("reconstructed", again)]}
@@ -140,12 +135,13 @@ def masks(bench: Bench, indices: Sequence[int], split: str, twin: bool = False) 
     rows, editor = [], bench.twin if twin else bench.editor
     for spec in (world.sample(split, index) for index in indices):
         scene, prompt = world.draw(spec), spec.caption()
-        attention = editor.attention(editor.invert(scene.picture, prompt, steps=bench.settings.steps))
+        attention = editor.invert(scene.picture, prompt, steps=bench.settings.steps).attention
         words = editor.model.layout(prompt)
         columns = words.columns(spec.look.category)
         others, size = competitors(words, columns), scene.mask.shape
         scores = {name: region(attention, columns, others, rule, size) for name, (rule, _) in RULES.items()}
-        default = binary_mask([scores[Blend().rule]], threshold_of(Blend())).numpy() > 0.5
+        grow = round(Blend().grow * editor.model.scale_factor)
+        default = binary_mask([scores[Blend().rule]], threshold_of(Blend()), grow).numpy() > 0.5
         each = {name: {f"{t:g}": iou(score.numpy() > t, scene.mask) for t in THRESHOLDS} for name, score in scores.items()}
         panels = [(prompt, scene.picture), ("mask", Image.fromarray(default)), ("true mask", Image.fromarray(scene.mask))]
         rows.append({"iou": iou(default, scene.mask), **each, "panels": panels})
@@ -178,7 +174,7 @@ def swaps(bench: Bench, indices: Sequence[int]) -> list[Row]:
         began = time.perf_counter()
         source = editor.invert(scene.picture, spec.caption(), steps=bench.settings.steps)
         inverted = time.perf_counter()
-        result = editor.edit(source, swap_subject(spec.look.category, subject), guidance_scale=bench.settings.guidance)
+        result = editor.edit(source, swap_subject(spec.look.category, subject), guidance_scale=bench.guidance)
         seconds = {"invert_seconds": inverted - began, "seconds": time.perf_counter() - began}
         row = measured(bench, result, spec, look) | seconds
         for name, picture in (("copy_", scene.picture), ("truth_", truth.picture)):
@@ -209,7 +205,7 @@ def sweep(bench: Bench, indices: Sequence[int]) -> list[Row]:
         for scale in {scale for _, scale in variants().values()}:
             chosen = {name: changes for name, (changes, own) in variants().items() if own == scale}
             edits = [swap_subject(spec.look.category, subject, **changes) for changes in chosen.values()]
-            edited = bench.editor.edit(source, edits, guidance_scale=scale or bench.settings.guidance)
+            edited = bench.editor.edit(source, edits, guidance_scale=scale or bench.guidance)
             rows += [measured(bench, result, spec, look) | {"setting": name} for name, result in zip(chosen, edited)]
     return rows
 
@@ -267,8 +263,7 @@ def measure(settings: Settings, groups: Sequence[str], out: Path, processes: int
             if panels and row["index"] < SHOWN:
                 sheets.setdefault(row["group"], {})[row["index"]] = panels
             rows.append(row)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            print(json.dumps(row), file=file, flush=True)
     for group, cases in sheets.items():
         save_image(contact_sheet([cases[index] for index in sorted(cases)], panel=128, title=group), out / f"{group}.png")
     rows.sort(key=lambda row: (groups.index(row["group"]), row["index"]))
@@ -285,7 +280,7 @@ def main() -> None:
     parser.add_argument("--twin", help="model trained without attention supervision; without it its lines are left out")
     parser.add_argument("--count", type=int, help="cases a group (default 200; 12 with --sweep)")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="sampling steps (default %(default)s)")
-    parser.add_argument("--guidance", type=float, default=Settings.guidance, help="guidance scale (default %(default)s)")
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the model's own)")
     parser.add_argument("--seed", type=int, default=Settings.seed, help="seed of the first case's noise (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/figures"), help="folder of the results (default %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="groups that start so, of: " + ", ".join(GROUPS))

@@ -164,14 +164,11 @@ def loss_of(outputs: tuple[Tensor, ...], labels: dict[str, Tensor]) -> Tensor:
 
 def soften(images: Tensor) -> Tensor:
     """Blur and noise of random strength, per picture: (B, 3, S, S) in [-1, 1] to about the same range."""
-
-    def strength(most: float) -> Tensor:
-        # Squared, so that half of the pictures stay nearly as they are.
-        return most * torch.rand(len(images), 1, 1, 1).square()
-
+    # Squared, so that half of the pictures stay nearly as they are.
+    blur, fine, low = (most * torch.rand(len(images), 1, 1, 1).square() for most in (1.0, 0.15, 0.2))
     blurred = F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     coarse = F.interpolate(torch.randn_like(images[..., ::4, ::4]), images.shape[-2:], mode="bilinear")
-    return torch.lerp(images, blurred, strength(1.0)) + strength(0.15) * torch.randn_like(images) + strength(0.2) * coarse
+    return torch.lerp(images, blurred, blur) + fine * torch.randn_like(images) + low * coarse
 
 
 def scene_batch(split: str, indices: Sequence[int]) -> tuple[np.ndarray, list[world.SceneSpec]]:
@@ -198,10 +195,7 @@ def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3) -> Pat
     torch.set_num_threads(1)
     torch.manual_seed(0)
     network = JudgeNet().to(memory_format=torch.channels_last).train()
-    average = {
-        name: value.detach().float().clone(memory_format=torch.contiguous_format)
-        for name, value in network.state_dict().items()
-    }
+    average = {name: value.float().clone(memory_format=torch.contiguous_format) for name, value in network.state_dict().items()}
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.02)
     step, used, path = 0, 0.0, out / "checkpoint.pt"
     if path.exists():

@@ -40,14 +40,15 @@ def share(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor
     """The words' share among the content words at each pixel, over its maximum.
 
     Where attention is weak for all words, as inside a large object, the competition between words still says whose the
-    pixel is, so the region is covered and not only its peak.
+    pixel is, so the region is covered and not only its peak. The edited columns enter by their mean, so that a subject of many
+    queries does not win everywhere by their number.
     """
-    mine = maps[list(columns)].sum(0)
+    mine = maps[list(columns)].sum(0) / max(1, len(columns))
     total = mine + maps[list(others)].sum(0)
     return _over_maximum(mine / total.clamp_min(torch.finfo(maps.dtype).tiny))
 
 
-RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.3)}
+RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.6)}
 """Rules by name, with the threshold that is theirs by default."""
 
 

@@ -24,7 +24,7 @@ from p2p_subject.images import Frame, fit, load_image, load_mask
 from p2p_subject.models import Model
 from p2p_subject.outputs import feather, paste_back, restore
 from p2p_subject.prompts import describe, require_subject_first, word_and_index
-from p2p_subject.sampling import MapMean, Target, conditional, controlled, guided, trajectory_maps
+from p2p_subject.sampling import MapMean, Target, controlled, guided
 from p2p_subject.source import Source
 from p2p_subject.visible import heat_maps, latent_mask, pixel_mask, to_gray
 
@@ -103,13 +103,15 @@ class Editor:
             kept.append(x)
             return x
 
-        predict = guided(model.noise, model.encode(negative), model.encode(target, embedded), scale)
-        walk(predict, noise, _progress("generating")(schedule.sampling()), keep)
+        maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
+        predict = guided(model.noise, model.encode(negative), model.encode(target, embedded), scale, maps)
+        with model.controlled():
+            walk(predict, noise, _progress("generating")(schedule.sampling()), keep)
         trajectory = Trajectory(
             torch.cat(kept[::-1]), schedule, prompt, "generated", guidance_scale=scale, fingerprint=model.fingerprint
         )
         image = model.decode(trajectory.clean)[0]
-        return Source(trajectory, image, Frame(image.size, image.size), embedded)
+        return Source(trajectory, image, Frame(image.size, image.size), maps.mean()[0].cpu(), embedded)
 
     def invert(self, image: Any, prompt: str, *, steps: int = DEFAULT_STEPS, max_pixels: int | None = None) -> Source:
         """Recover the generation of a picture (PIL, path, array or tensor) that `prompt` describes.
@@ -123,21 +125,14 @@ class Editor:
         picture = load_image(image)
         fitted, frame = fit(picture, multiple=model.multiple, max_pixels=max_pixels, area=model.area)
         latents = model.encode_images([fitted])
-        predict = conditional(model.noise, model.encode(words))
-        trajectory = ddim(
-            predict, latents, schedule, prompt=prompt, fingerprint=model.fingerprint, progress=_progress("inverting")
-        )
-        return Source(trajectory, picture, frame)
-
-    def attention(self, source: Source) -> Tensor:
-        """Mean cross-attention of every column of the source's prompt, (T, h, w) float32 on the CPU; one row a step."""
-        model, trajectory = self.model, source.trajectory
-        trajectory.require_model(model.fingerprint)
-        words = model.layout(trajectory.prompt, subject=source.subject is not None)
-        size = map_size(model.unet, tuple(trajectory.latents.shape[-2:]))
+        maps = MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps)
+        context = model.encode(words)
+        predict = guided(model.noise, context, context, 1.0, maps)
         with model.controlled():
-            context = model.encode(words, source.subject)
-            return trajectory_maps(model.attend, trajectory.to(model.device), context, size).cpu()
+            trajectory = ddim(
+                predict, latents, schedule, prompt=prompt, fingerprint=model.fingerprint, progress=_progress("inverting")
+            )
+        return Source(trajectory, picture, frame, maps.mean()[0].cpu())
 
     def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "peak") -> list[np.ndarray]:
         """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
@@ -145,8 +140,7 @@ class Editor:
         columns = [layout.columns(*word_and_index(word)) for word in words]
         score, _ = rule_of(rule)
         width, height = source.image.size
-        attention = self.attention(source)
-        return [region(attention, own, competitors(layout, own), score, (height, width)).numpy() for own in columns]
+        return [region(source.attention, own, competitors(layout, own), score, (height, width)).numpy() for own in columns]
 
     @overload
     def edit(self, source: Source, edits: EditSpec, **options: Any) -> EditResult: ...
@@ -213,7 +207,7 @@ class Editor:
             )
             for plan, spec in zip(plans, specs)
         ]
-        maps = MapMean(map_size(model.unet, size))
+        maps = MapMean(map_size(model.unet, size), trajectory.schedule.steps)
         calls: list[int] = []
 
         def noise(latents: Tensor, *arguments: Any) -> Tensor:
@@ -222,7 +216,8 @@ class Editor:
 
         trajectory = trajectory.to(model.device)
         contexts = model.encode(original, source.subject), model.encode(negative)
-        predict, blended = controlled(noise, trajectory, *contexts, targets, controller, scale, maps)
+        seen = source.attention.to(model.device)
+        predict, blended = controlled(noise, trajectory, seen, *contexts, targets, controller, scale, maps)
 
         def after(latents: Tensor, move: Move) -> Tensor:
             latents = blended(latents, move)
@@ -239,7 +234,7 @@ class Editor:
         images = [None] * len(specs) if output_type == "latent" else model.decode(latents)
         results = []
         for k, (spec, plan) in enumerate(zip(specs, plans)):
-            attention = maps.mean()[[0, 1 + k]].cpu()
+            attention = torch.stack([source.attention, maps.mean()[k].cpu()])
             pixels = given if given is not None else pixel_mask(targets[k], attention, source.frame, cell)
             image = images[k] and restore(images[k], source.frame)
             if image is not None and paste and pixels is not None:

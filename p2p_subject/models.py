@@ -153,16 +153,6 @@ class Model:
         return to_epsilon(output.float(), latents, move.alpha_t, self.pipeline.scheduler.config.prediction_type)
 
     @torch.no_grad()
-    def attend(self, latents: Tensor, timesteps: Tensor, context: Tensor, control: StepControl) -> None:
-        """One U-Net call for its attention alone: rows (R, C, h, w) of different timesteps (R,)."""
-        self.unet(
-            latents.to(self.unet.dtype),
-            timesteps,
-            encoder_hidden_states=context,
-            cross_attention_kwargs={"control": control},
-        )
-
-    @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Latents (B, C, h, w) float32 of pictures of one size; the mean of the posterior, so the same every time."""
         vae = self.pipeline.vae

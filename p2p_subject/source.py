@@ -19,13 +19,15 @@ from p2p_subject.images import Frame
 class Source:
     """What an edit starts from.
 
-    `trajectory` of the generation, the full-size picture `image` (RGB), `frame` how it was fitted to the model, and `subject`
-    (1, Nq, D), the embeddings of the subject it was generated with, if any.
+    `trajectory` of the generation, the full-size picture `image` (RGB), `frame` how it was fitted to the model, `attention`
+    (T, h, w) float32 the mean cross-attention of every column of its prompt, recorded on the way, and `subject` (1, Nq, D), the
+    embeddings of the subject it was generated with, if any.
     """
 
     trajectory: Trajectory
     image: Image.Image
     frame: Frame
+    attention: Tensor
     subject: Tensor | None = None
 
     @property
@@ -36,7 +38,11 @@ class Source:
     def save(self, path: str | Path) -> None:
         """Write trajectory and picture to one safetensors file, whole or not at all."""
         tensors, metadata = self.trajectory.pack()
-        tensors |= {"image": torch.from_numpy(np.array(self.image)), "model_size": torch.tensor(self.frame.model_size)}
+        tensors |= {
+            "image": torch.from_numpy(np.array(self.image)),
+            "model_size": torch.tensor(self.frame.model_size),
+            "attention": self.attention.cpu().contiguous(),
+        }
         if self.subject is not None:
             tensors["subject"] = self.subject.cpu().contiguous()
         write_safetensors(path, tensors, metadata)
@@ -46,8 +52,8 @@ class Source:
         """Read what `save` wrote; `TrajectoryError` for any other file."""
         tensors, metadata = read_safetensors(path)
         trajectory = Trajectory.unpack(tensors, metadata, str(path))
-        if "image" not in tensors or "model_size" not in tensors:
+        if not {"image", "model_size", "attention"} <= tensors.keys():
             raise TrajectoryError(f"{path}: a trajectory without its picture; read it with Trajectory.load")
         image = Image.fromarray(tensors["image"].numpy())
         width, height = tensors["model_size"].tolist()
-        return cls(trajectory, image, Frame(image.size, (width, height)), tensors.get("subject"))
+        return cls(trajectory, image, Frame(image.size, (width, height)), tensors["attention"], tensors.get("subject"))

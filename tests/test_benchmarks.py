@@ -172,7 +172,7 @@ def test_the_same_seed_gives_the_same_pictures(miniature_folder: Path) -> None:
     bench = figures.bench_of(figures.Settings(str(miniature_folder), count=1, steps=2))
     prompt, alone = "a dog on grass", Editor.from_pretrained(miniature_folder)
     first, second = bench.generate([prompt, prompt], [None, None], [3, 4])
-    expected = alone.generate(prompt, seed=3, steps=2, guidance_scale=bench.settings.guidance).image
+    expected = alone.generate(prompt, seed=3, steps=2, guidance_scale=bench.guidance).image
     assert np.abs(np.int16(first) - np.int16(expected)).max() <= 1
     assert not np.array_equal(np.asarray(first), np.asarray(second))
 

@@ -185,7 +185,8 @@ def test_heat_maps_are_of_the_pictures_size_and_bounded(editor, source) -> None:
     for rule in ("peak", "share"):
         heat = editor.heatmaps(source, ["cat"], rule=rule)[0]
         assert heat.shape == (64, 64) and heat.min() >= 0 and heat.max() <= 1 + 1e-6
-    assert editor.attention(source).shape == (editor.model.layout("a").length, 16, 16)
+    assert source.attention.shape == (editor.model.layout("a").length, 16, 16)
+    assert torch.allclose(source.attention.sum(0), torch.ones(16, 16), atol=1e-5)
 
 
 def test_latent_output_skips_decoding(editor, source, dog) -> None:
