@@ -202,7 +202,7 @@ def sweep(bench: Bench, indices: Sequence[int]) -> list[Row]:
         spec, look = world.sample("validation", index), world.sample("new_hue", SHIFT + index).look
         subject = subject_of(look, "new_hue", SHIFT + index)
         source = bench.editor.invert(world.draw(spec).picture, spec.caption(), steps=bench.settings.steps)
-        for scale in {scale for _, scale in variants().values()}:
+        for scale in dict.fromkeys(scale for _, scale in variants().values()):
             chosen = {name: changes for name, (changes, own) in variants().items() if own == scale}
             edits = [swap_subject(spec.look.category, subject, **changes) for changes in chosen.values()]
             edited = bench.editor.edit(source, edits, guidance_scale=scale or bench.guidance)

@@ -20,14 +20,15 @@ After = Callable[[Tensor, Move], Tensor]
 def walk(predict: Predict, latents: Tensor, moves: Iterable[Move], after: After | None = None) -> Tensor:
     """Follow `moves` from `latents` (B, C, h, w) and return where they end, in the dtype of `latents`.
 
-    Raises `NonFiniteError` when NaN or infinity comes out; it names the first and last step of the walk.
+    Raises `NonFiniteError` at the first step whose prediction holds NaN or infinity, and names its timestep: further on, a
+    blend could replace such values by the source's and hide them.
     """
-    move = None
+    require_finite(latents, "latents")
     for move in moves:
-        latents = ddim_move(latents, predict(latents, move), move.alpha_from, move.alpha_to)
+        noise = require_finite(predict(latents, move), f"prediction at timestep {move.t}")
+        latents = ddim_move(latents, noise, move.alpha_from, move.alpha_to)
         if after is not None:
             latents = after(latents, move)
-    require_finite(latents, f"latents after timestep {move.t}" if move else "latents")
     return latents
 
 

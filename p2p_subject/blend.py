@@ -48,7 +48,7 @@ def share(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor
     return _over_maximum(mine / total.clamp_min(torch.finfo(maps.dtype).tiny))
 
 
-RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.6)}
+RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.5)}
 """Rules by name, with the threshold that is theirs by default."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from inversion import Move, Trajectory, TrajectoryError, ddim, walk
+from inversion import Move, Trajectory, TrajectoryError, ddim, require_finite, walk
 from p2p_subject.alignment import align
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
@@ -31,13 +32,14 @@ from p2p_subject.visible import heat_maps, latent_mask, pixel_mask, to_gray
 DEFAULT_STEPS = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EditResult:
     """An edit. Pictures have the size of the source picture.
 
-    `image` the edited picture (None with output_type="latent"), `mask` where it was allowed to change (mode "L", 0 or 255;
-    None for a global edit), `maps` a heat map (mode "L") for each word that made the mask, `source_image` the picture edited,
-    `latents` (1, C, h, w) float32, `prompt` that of the target, `unet_rows` the rows that all U-Net calls of the edit had.
+    `image` is the edited picture (None with output_type="latent"); `mask` what was edited (mode "L", 0 or 255; None for a
+    global edit; up to one latent pixel around it, pixels fade into the original); `maps` a heat map (mode "L") for each word
+    that made the mask; `source_image` the picture edited; `latents` (1, C, h, w) float32; `prompt` that of the target;
+    `unet_rows` the rows that all U-Net calls of the edit had.
     """
 
     image: Image.Image | None
@@ -94,6 +96,7 @@ class Editor:
         target = model.layout(prompt, subject=subject is not None)
         if subject is not None:
             require_subject_first(target, subject.category)
+            model.require_subject(subject)
         negative = model.layout(negative_prompt)
         noise = self._noise_latents(latents, seed, size)
         embedded = None if subject is None else model.embed(subject)
@@ -136,6 +139,7 @@ class Editor:
 
     def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "peak") -> list[np.ndarray]:
         """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
+        source.trajectory.require_model(self.model.fingerprint)
         layout = self.model.layout(source.prompt, subject=source.subject is not None)
         columns = [layout.columns(*word_and_index(word)) for word in words]
         score, _ = rule_of(rule)
@@ -189,6 +193,9 @@ class Editor:
         original = model.layout(trajectory.prompt, subject=source.subject is not None)
         # Every word, mask and prompt is checked here, before the first network runs.
         plans = [describe(original, spec, model.layout) for spec in specs]
+        for spec in specs:
+            if spec.subject is not None:
+                model.require_subject(spec.subject)
         given = None if mask is None else load_mask(mask, source.image.size)
         negative = model.layout(negative_prompt)
         size = tuple(trajectory.latents.shape[-2:])
@@ -236,6 +243,9 @@ class Editor:
         for k, (spec, plan) in enumerate(zip(specs, plans)):
             attention = torch.stack([source.attention, maps.mean()[k].cpu()])
             pixels = given if given is not None else pixel_mask(targets[k], attention, source.frame, cell)
+            if pixels is not None and not pixels.any():
+                given_prompt = plan.layout.prompt
+                warnings.warn(f"the mask of {given_prompt!r} is empty: nothing changed; lower its threshold", stacklevel=3)
             image = images[k] and restore(images[k], source.frame)
             if image is not None and paste and pixels is not None:
                 image = paste_back(source.image, image, feather(pixels, round(cell / 2), cell / 2))
@@ -265,11 +275,12 @@ class Editor:
         if latents is not None:
             if latents.ndim != 4 or latents.shape[:2] != (1, channels):
                 raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected (1, {channels}, h, w)")
-            return latents.to(model.device, torch.float32)
+            return require_finite(latents, "latents").to(model.device, torch.float32)
         width, height = size or (round(model.area**0.5),) * 2
         if width % model.multiple or height % model.multiple or min(width, height) <= 0:
             raise EditSpecError(f"size=({width}, {height}); expected positive multiples of {model.multiple}")
-        generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
         # Drawn on the CPU, so that a seed means the same noise on every device.
         return torch.randn(1, channels, height // factor, width // factor, generator=generator).to(model.device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from torch import Tensor
 from inversion import Move, Schedule, ScheduleError, StepsError, require_finite, to_epsilon
 from p2p_subject.attention import controlled_attention
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.blip_diffusion.loading import model_folder
+from p2p_subject.blip_diffusion.weights import read_json
 from p2p_subject.controller import StepControl
 from p2p_subject.edits import Subject
 from p2p_subject.errors import ModelError, SubjectError
@@ -26,7 +27,7 @@ from p2p_subject.outputs import to_pil
 from p2p_subject.tokens import TokenLayout, layout
 
 MINIATURE = "miniature"
-MINIATURE_GUIDANCE = 3.0
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 SETTINGS = "editing.json"
 """Optional file of a model folder: the guidance scale that suits it. Without it, the paper's 7.5."""
 
@@ -58,13 +59,17 @@ class Model:
         folder = miniature_folder() if name is None else Path(name)
         if name is None and not folder.is_dir():
             raise ModelError("this installation lacks the miniature (p2p_subject/data); reinstall it, or name a model")
+        if not folder.is_dir():
+            hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+            folder = model_folder(name, [], options.get("variant"), **hub)
         # The miniature is stored in half precision and computed in single: a CPU has no fast half arithmetic.
-        pipeline = BlipDiffusionPipeline.from_pretrained(
-            folder if folder.is_dir() else name, torch_dtype=dtype or torch.float32, **options
-        )
+        pipeline = BlipDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or torch.float32, **options)
         if device is not None:
-            pipeline = pipeline.to(device)
-        settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).is_file() else {}
+            try:
+                pipeline = pipeline.to(device)
+            except (RuntimeError, AssertionError) as error:
+                raise ModelError(f"device={device!r} is not to be had here ({error}); try 'cpu'") from error
+        settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
         return cls(pipeline, MINIATURE if name is None else str(name), float(settings.get("guidance_scale", 7.5)))
 
     @contextmanager
@@ -106,13 +111,19 @@ class Model:
         """
         config = self.pipeline.scheduler.config
         train = config.get("num_train_timesteps", 1000)
-        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= train:
-            raise StepsError(f"steps={steps!r}; expected a whole number between 1 and {train}, such as 50")
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= train // 2:
+            raise StepsError(f"steps={steps!r}; expected a whole number between 1 and {train // 2}, such as 50")
         if "beta_schedule" not in config:
             raise ScheduleError(f"{self.pipeline.scheduler.__class__.__name__} has no betas; load a diffusion scheduler")
         ddim = DDIMScheduler.from_config(config)
         ddim.set_timesteps(steps)
         timesteps = tuple(int(t) for t in ddim.timesteps)
+        # Steps that do not divide the training steps leave a gap at the noisy end; a wide one breaks generation and inversion.
+        if timesteps[0] < 0.9 * (train - train / steps):
+            raise StepsError(
+                f"steps={steps} would begin at timestep {timesteps[0]} of {train}, far from noise; take a number that divides "
+                f"{train} about evenly, such as {train // round(train / steps)}, 50 or 100"
+            )
         alphas = tuple(float(ddim.alphas_cumprod[t]) for t in timesteps)
         return Schedule(timesteps, alphas, float(ddim.final_alpha_cumprod), ddim.config.prediction_type)
 
@@ -126,6 +137,15 @@ class Model:
             max_length=self.pipeline.text_encoder.config.max_position_embeddings,
         )
 
+    def require_subject(self, subject: Subject) -> None:
+        """Raise `SubjectError` for a category that is too long for the Q-Former; runs no network."""
+        pieces = len(self.pipeline.qformer_tokenizer(subject.category).input_ids)
+        room = self.pipeline.qformer.config.qformer_config.max_position_embeddings
+        if pieces > room:
+            raise SubjectError(
+                f"category {subject.category!r} takes {pieces} word pieces of this model's {room}; name it in a simpler word"
+            )
+
     @torch.no_grad()
     def embed(self, subject: Subject) -> Tensor:
         """Embeddings of a subject, (1, Nq, D); the mean over its pictures."""
@@ -138,6 +158,7 @@ class Model:
     def encode(self, layout: TokenLayout, subject: Tensor | None = None) -> Tensor:
         """Context of a layout, (1, L, D) in the U-Net's dtype; `subject` (1, Nq, D) where the layout has one."""
         ids = torch.tensor([layout.prompt_ids], device=self.device)
+        subject = None if subject is None else subject.to(self.device)
         position = layout.subject.start if subject is not None else self.pipeline.config.ctx_begin_pos
         return self.pipeline.text_encoder(ids, subject, position).to(self.unet.dtype)
 
@@ -170,17 +191,18 @@ class Model:
 
 
 def fingerprint(pipeline: BlipDiffusionPipeline) -> str:
-    """Short hash of what makes latents: names and shapes of all U-Net weights, values of a sample, VAE and noise levels.
+    """Short hash of what makes latents: U-Net, VAE, text encoder and noise levels.
 
-    The same weights in another precision have the same fingerprint.
+    Of each weight, name, shape and up to 4,096 signs: no precision changes a sign, so the same weights have the same
+    fingerprint in any of them, and training changes many.
     """
     digest = hashlib.sha256()
-    for network in (pipeline.unet, pipeline.vae):
-        for index, (name, weight) in enumerate(network.state_dict().items()):
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for name, weight in network.state_dict().items():
             digest.update(f"{name}{tuple(weight.shape)}".encode())
-            if index % 8 == 0 and weight.is_floating_point():
-                sample = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
-                digest.update(sample.to("cpu", torch.bfloat16).float().numpy().tobytes())
+            if weight.is_floating_point():
+                sample = weight.flatten()[:: max(1, weight.numel() // 4096)]
+                digest.update(torch.signbit(sample).cpu().numpy().tobytes())
     config = pipeline.scheduler.config
     keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
     digest.update(repr([config.get(key) for key in keys]).encode())

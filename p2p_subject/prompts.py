@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from p2p_subject.alignment import align
 from p2p_subject.blend import competitors, rule_of
 from p2p_subject.edits import EditSpec, Word
 from p2p_subject.errors import PromptError, WordNotFoundError
@@ -46,7 +47,7 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     if spec.subject is not None:
         require_subject_first(target, spec.subject.category)
     for word in spec.weights:
-        target.columns(word)
+        target.columns(*word_and_index(word))
     if spec.blend is None:
         return Plan(target, Words(), Words())
     rule_of(spec.blend.rule)
@@ -56,7 +57,7 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     if spec.blend.target_words is not None:
         labels = _labelled(target, spec.blend.target_words)
     else:
-        labels = _subject_label(target, spec, place)
+        labels = _target_label(source, target, spec, place)
     return Plan(target, _words(source, _labelled(source, named)), _words(target, labels))
 
 
@@ -99,10 +100,13 @@ def _labelled(layout: TokenLayout, words: tuple[Word, ...]) -> tuple[tuple[str, 
     return tuple((word_and_index(word)[0], layout.columns(*word_and_index(word))) for word in words)
 
 
-def _subject_label(target: TokenLayout, spec: EditSpec, place: tuple[int, int] | None) -> tuple[tuple[str, Columns], ...]:
-    """The inserted columns and those of the category: where it was put, or where a given prompt has it."""
+def _target_label(
+    source: TokenLayout, target: TokenLayout, spec: EditSpec, place: tuple[int, int] | None
+) -> tuple[tuple[str, Columns], ...]:
+    """What the mask is read from in the target: the inserted columns and those of the category, where it was put or where a
+    given prompt has it; without a subject, the words that stand in the place of the swapped one."""
     if spec.subject is None:
-        return ()
+        return _followers(source, target, spec)
     category = spec.subject.category
     if place is not None:
         named = target.columns_in(*place)
@@ -112,6 +116,15 @@ def _subject_label(target: TokenLayout, spec: EditSpec, place: tuple[int, int] |
         except WordNotFoundError:
             named = ()  # A given prompt need not repeat the category; the inserted columns speak for the subject.
     return ((category, (*target.subject, *named)),)
+
+
+def _followers(source: TokenLayout, target: TokenLayout, spec: EditSpec) -> tuple[tuple[str, Columns], ...]:
+    """Words of the target that the swapped word of the source is aligned with."""
+    if spec.swap is None:
+        return ()
+    followed = align(source, target, replaced="map").matrix[list(source.columns(*word_and_index(spec.swap)))].sum(0) > 0
+    found = [(word, own) for word, own in zip(target.words(), target.word_columns()) if any(followed[c] for c in own)]
+    return tuple(found)
 
 
 def _words(layout: TokenLayout, labels: tuple[tuple[str, Columns], ...]) -> Words:

@@ -160,12 +160,17 @@ def test_another_model_is_refused_by_both_names() -> None:
 
 def test_nan_in_a_prediction_raises_the_named_error_with_its_timestep() -> None:
     schedule = make_schedule(4)
-    with pytest.raises(NonFiniteError, match=f"timestep {schedule.timesteps[2]}"):
-        walk(
-            lambda x, move: x * (torch.nan if move.index == 2 else 0.1),
-            torch.ones(1, 4, 2, 2),
-            schedule.sampling()[:3],
-        )
+    seen = []
+
+    def predict(x: torch.Tensor, move: Move) -> torch.Tensor:
+        seen.append(move.index)
+        return x * (torch.nan if move.index == 1 else 0.1)
+
+    with pytest.raises(NonFiniteError, match=f"timestep {schedule.timesteps[1]}:"):
+        walk(predict, torch.ones(1, 4, 2, 2), schedule.sampling(), lambda x, move: torch.zeros_like(x))
+    assert seen == [0, 1]  # it stops there, even though what follows would hide it
+    with pytest.raises(NonFiniteError):
+        walk(lambda x, move: x, torch.full((1, 4, 2, 2), torch.inf), schedule.sampling())
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One training loop for every stage: several processes, EMA, checkpoints, resume after a kill, a log, a time budget.
+"""One training loop for every stage: several processes, EMA, checkpoints, resume after a kill, a log.
 
 A stage brings a module whose `forward(**batch)` returns named losses (the first is minimised) and a `batches(step, rank,
 world)` function that makes the batch of a step from nothing but these numbers, so a resumed run sees the data that an
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -76,10 +77,13 @@ def run(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, eva
     if config.processes == 1:
         _worker(0, config, build, batches, evaluate, None)
     else:
-        rendezvous = f"file://{(config.out / f'.rendezvous-{os.getpid()}').resolve()}"
-        mp.start_processes(
-            _worker, (config, build, batches, evaluate, rendezvous), nprocs=config.processes, start_method="fork"
-        )
+        # A name of its own: a killed run leaves its file behind, and a second run must not meet it.
+        meeting = (config.out / f".rendezvous-{uuid4().hex}").resolve()
+        arguments = (config, build, batches, evaluate, f"file://{meeting}")
+        try:
+            mp.start_processes(_worker, arguments, nprocs=config.processes, start_method="fork")
+        finally:
+            meeting.unlink(missing_ok=True)
     return config.out
 
 
@@ -165,8 +169,9 @@ def _checkpoint(out: Path, step: int, module: nn.Module, optimizer, average: dic
     state |= {f"average.{k}": v.contiguous() for k, v in average.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in moments.items()}
-    _replace_with(out / "checkpoint.safetensors", lambda path: save_file(state, path))
+    # The averaged weights first: a kill in between costs steps that are run again, never a stale average at the end.
     _replace_with(out / "ema.safetensors", lambda path: save_file({k: v.contiguous() for k, v in average.items()}, path))
+    _replace_with(out / "checkpoint.safetensors", lambda path: save_file(state, path))
 
 
 def _resume(out: Path, module: nn.Module, optimizer, average: dict[str, Tensor]) -> int:
@@ -175,7 +180,8 @@ def _resume(out: Path, module: nn.Module, optimizer, average: dict[str, Tensor])
         return 0
     state = load_file(path)
     module.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-    average.update({k[8:]: v for k, v in state.items() if k.startswith("average.")})
+    for key, value in average.items():
+        value.copy_(state[f"average.{key}"])
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
         if key.startswith("optimizer."):
