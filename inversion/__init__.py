@@ -4,6 +4,7 @@ from inversion.ddim import ddim
 from inversion.errors import (
     ModelMismatchError,
     NonFiniteError,
+    OutputError,
     P2PSubjectError,
     ScheduleError,
     StepsError,
@@ -17,6 +18,7 @@ __all__ = [
     "ModelMismatchError",
     "Move",
     "NonFiniteError",
+    "OutputError",
     "P2PSubjectError",
     "Predict",
     "Schedule",

@@ -23,5 +23,9 @@ class TrajectoryError(P2PSubjectError, ValueError):
     """A stored trajectory is incomplete or its parts do not fit together."""
 
 
+class OutputError(P2PSubjectError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
 class ModelMismatchError(P2PSubjectError, ValueError):
     """A trajectory was made by another model or another noise schedule than the one it is used with."""

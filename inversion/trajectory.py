@@ -6,18 +6,20 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from inversion.errors import ModelMismatchError, TrajectoryError
+from inversion.errors import ModelMismatchError, OutputError, TrajectoryError
 from inversion.schedule import Schedule
 from inversion.walk import require_finite
 
 FORMAT = "p2p_subject.trajectory/1"
 
 
-@dataclass(frozen=True)
+# Compared by identity: tensors have no single truth value to compare by.
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """Latents of every step of one picture's generation.
 
@@ -97,14 +99,24 @@ class Trajectory:
             raise TrajectoryError(
                 f"{name}: format {metadata.get('format')!r}, expected {FORMAT!r}; this is not a saved trajectory"
             )
-        values = json.loads(metadata["trajectory"])
-        schedule = values.pop("schedule")
-        schedule |= {"timesteps": tuple(schedule["timesteps"]), "alphas": tuple(schedule["alphas"])}
         own = {key: tensors[key] for key in ("latents", "null_embeddings") if key in tensors}
-        return cls(schedule=Schedule(**schedule), **values, **own)
+        try:
+            values = json.loads(metadata["trajectory"])
+            for key in ("prompt", "method", "fingerprint"):
+                if not isinstance(values[key], str):
+                    raise TypeError(f"{key} is {values[key]!r}, expected a text")
+            values["guidance_scale"] = float(values["guidance_scale"])
+            schedule = values.pop("schedule")
+            schedule |= {"timesteps": tuple(schedule["timesteps"]), "alphas": tuple(schedule["alphas"])}
+            return cls(schedule=Schedule(**schedule), **values, **own)
+        except KeyError as error:
+            raise TrajectoryError(f"{name}: the entry {error} is missing; invert the picture again") from error
+        # What a damaged header or a schedule of other values raises on the way.
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise TrajectoryError(f"{name}: damaged ({error}); invert the picture again") from error
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all; `OutputError` where that is not possible."""
         write_safetensors(path, *self.pack())
 
     @classmethod
@@ -114,14 +126,21 @@ class Trajectory:
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata to `path`, whole or not at all."""
+    """Write tensors and metadata to `path`, whole or not at all; `OutputError` where that is not possible."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}: no folder {str(target.parent)!r}; create it first")
+    if target.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}: it is a directory; give the name of a file")
+    temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
         save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+    except (SafetensorError, OSError) as error:
+        raise OutputError(f"cannot write {str(path)!r} ({error}); make room there or give another place") from error
     finally:
         temporary.unlink(missing_ok=True)
 

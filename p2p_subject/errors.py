@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from inversion.errors import (
     ModelMismatchError,
     NonFiniteError,
+    OutputError,
     P2PSubjectError,
     ScheduleError,
     StepsError,
@@ -16,6 +17,7 @@ from inversion.errors import (
 
 __all__ = [
     "AmbiguousWordError",
+    "ArgumentError",
     "EditSpecError",
     "HookError",
     "ImageError",
@@ -34,6 +36,10 @@ __all__ = [
     "WordNotFoundError",
     "did_you_mean",
 ]
+
+
+class ArgumentError(P2PSubjectError, ValueError):
+    """An option of a call is none of those there are, or a callback is not what is called for."""
 
 
 class ImageError(P2PSubjectError, ValueError):
@@ -74,10 +80,6 @@ class HookError(P2PSubjectError, RuntimeError):
 
 class ModelError(P2PSubjectError, ValueError):
     """A folder or name is not a model this library can load, or a weight of it is missing or misshapen."""
-
-
-class OutputError(P2PSubjectError, OSError):
-    """A result cannot be written where it was asked for."""
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

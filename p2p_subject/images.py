@@ -27,6 +27,9 @@ MIN_SIDE = 8  # pixels: one latent of the usual autoencoder
 MAX_ASPECT = 20  # long side over short side
 MAX_PIXELS = 178_956_970  # where Pillow's own guard against decompression bombs stops
 
+INSIDE = 0.5
+"""A mask's inside is where it is at least this."""
+
 _CHANNELS = (1, 3, 4)
 _GREY_TOLERANCE = 8  # levels between channels, left by lossy files
 
@@ -63,7 +66,7 @@ def load_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
     `mask` is a PIL image, a path, the bytes of a file, or a (H, W) array or tensor (further axes of length 1
     are dropped): boolean, integers that are all 0 or 1, uint8, uint16, or float in [0, 1]. A mask of another
     size is resized, one of zeros and ones only by nearest neighbour. Raises `MaskError` for anything else:
-    colours, transparency, NaN, values out of range, a mask that selects nothing.
+    colours, transparency, NaN, values out of range, a mask that nowhere reaches `INSIDE`.
     """
     name = _name(mask, "mask")
     values = _as_array(mask)
@@ -80,8 +83,11 @@ def load_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
         hard = bool(np.all((values == 0) | (values == 1)))
         resampling = Image.Resampling.NEAREST if hard else Image.Resampling.BILINEAR
         values = np.asarray(Image.fromarray(values).resize(size, resampling)).clip(0, 1)
-    if not values.any():
-        raise MaskError(f"{name} selects nothing at {size[0]}x{size[1]}; mark what to edit with 1 (white)")
+    if values.max() < INSIDE:
+        reached = f"reaches only {values.max():.3g}, so it " if values.any() else ""
+        raise MaskError(
+            f"{name} {reached}selects nothing at {size[0]}x{size[1]}; mark what to edit with 1 (white), at least {INSIDE}"
+        )
     return values
 
 

@@ -15,7 +15,8 @@ from inversion.trajectory import read_safetensors, write_safetensors
 from p2p_subject.images import Frame
 
 
-@dataclass(frozen=True)
+# Compared by identity, as trajectories are.
+@dataclass(frozen=True, eq=False)
 class Source:
     """What an edit starts from.
 
@@ -36,7 +37,7 @@ class Source:
         return self.trajectory.prompt
 
     def save(self, path: str | Path) -> None:
-        """Write trajectory and picture to one safetensors file, whole or not at all."""
+        """Write trajectory and picture to one safetensors file, whole or not at all; `OutputError` where that fails."""
         tensors, metadata = self.trajectory.pack()
         tensors |= {
             "image": torch.from_numpy(np.array(self.image)),
@@ -52,8 +53,20 @@ class Source:
         """Read what `save` wrote; `TrajectoryError` for any other file."""
         tensors, metadata = read_safetensors(path)
         trajectory = Trajectory.unpack(tensors, metadata, str(path))
-        if not {"image", "model_size", "attention"} <= tensors.keys():
-            raise TrajectoryError(f"{path}: a trajectory without its picture; read it with Trajectory.load")
+        missing = [name for name in _SHAPES if name not in tensors]
+        if "image" in missing:
+            lacking = ", ".join(missing)
+            raise TrajectoryError(f"{path}: a trajectory without its picture ({lacking}); read it with Trajectory.load")
+        if missing:
+            raise TrajectoryError(f"{path}: {', '.join(missing)} missing; a saved source needs {', '.join(_SHAPES)}. Invert again")
+        for name, (axes, kind) in _SHAPES.items():
+            if tensors[name].ndim != axes or tensors[name].dtype != kind:
+                given = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
+                raise TrajectoryError(f"{path}: {name} is {given}; expected {axes} axes of {kind}. Invert again")
         image = Image.fromarray(tensors["image"].numpy())
         width, height = tensors["model_size"].tolist()
         return cls(trajectory, image, Frame(image.size, (width, height)), tensors["attention"], tensors.get("subject"))
+
+
+_SHAPES = {"image": (3, torch.uint8), "model_size": (1, torch.int64), "attention": (3, torch.float32)}
+"""Axes and type of the tensors that a saved source has beside its trajectory."""

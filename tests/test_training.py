@@ -15,7 +15,8 @@ from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
 from p2p_subject.training.backgrounds import PAINTERS, PHRASES, paint
 from p2p_subject.training.loop import RunConfig, learning_rate, run
-from p2p_subject.training.representation import Cache, RepresentationTrainer, Shares, make_cache
+from p2p_subject.training.representation import RepresentationTrainer, start_from_model
+from p2p_subject.training.scenes import Cache, Shares, make_cache
 from p2p_subject.training.tokenizers import WORDS, save_clip_tokenizer, save_word_piece_tokenizer
 from p2p_subject.training.vae import VAETrainer, fold_statistics, scene_batch
 
@@ -193,3 +194,12 @@ def test_coverage_is_best_where_the_word_covers_the_object() -> None:
 
     peaked = 0.4 * inside * torch.tensor([1.0 if i == 5 else 0.05 for i in range(16)])
     assert loss(0.4 * inside) < loss(peaked) < loss(0.4 * (1 - inside))
+
+
+def test_training_can_go_on_from_a_model_folder(miniature_folder) -> None:
+    trainer, other = RepresentationTrainer(), RepresentationTrainer()
+    start_from_model(trainer, miniature_folder)
+    start_from_model(other, miniature_folder)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.unet.state_dict().values(), other.unet.state_dict().values()))
+    stored = load_file(miniature_folder / "qformer" / "model.safetensors")["query_tokens"]
+    assert torch.equal(trainer.qformer.query_tokens, stored)

@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     _run_arguments(representation, steps=8000, batch=64, rate=1e-3)
     representation.add_argument("--scenes", type=Path, required=True, help="folder written by the stage `scenes`")
     representation.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder, for the grids")
-    representation.add_argument("--start-from", type=Path, help="ema.safetensors of an earlier run to begin with")
+    representation.add_argument("--start-from", type=Path, help="ema.safetensors of a run, or a model folder, to begin with")
     representation.add_argument("--attention-weight", type=float, default=0.0, help="weight of the coverage term (default 0)")
     export = stages.add_parser("export", help="write a run as a model folder in the official layout")
     export.add_argument("--run", type=Path, required=True)
@@ -58,7 +58,7 @@ def main() -> None:
         config = RunConfig(**{k: v for k, v in arguments.items() if k in names}, evaluate_every=1000, ema=0.998)
         reconstruction_grid(vae.train(config, arguments["batch"]), config.out / "reconstructions.png")
     elif stage == "scenes":
-        from p2p_subject.training.representation import make_cache
+        from p2p_subject.training.scenes import make_cache
 
         make_cache(arguments["out"], arguments["vae"], arguments["count"], arguments["processes"])
     elif stage == "representation":

@@ -12,18 +12,15 @@ hue, and, in the last part of the run only, a term that asks the words' attentio
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from p2p_subject.blip_diffusion.config import Blip2QFormerConfig, ContextCLIPTextConfig
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
@@ -31,15 +28,10 @@ from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
 from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
 from p2p_subject.training.loop import RunConfig, run
-from p2p_subject.training.tokenizers import (
-    WINDOW,
-    byte_pairs,
-    save_clip_tokenizer,
-    save_word_piece_tokenizer,
-    word_pieces,
-)
+from p2p_subject.training.scenes import Cache, Shares
+from p2p_subject.training.tokenizers import QUERIES, WINDOW, byte_pairs, word_pieces
 
-WIDTH, QUERIES, POSITION = 128, 4, 2
+WIDTH, POSITION = 128, 2
 
 UNET = dict(
     sample_size=16,
@@ -101,108 +93,6 @@ SCHEDULER = dict(
     timestep_spacing="leading",
 )
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Shares of a batch: subject and caption (the rest), caption only, neither. The paper drops the subject in 15 %."""
-
-    caption_only: float = 0.2
-    neither: float = 0.1
-
-
-class Cache:
-    """Latents, masks, references and labels of the training scenes, drawn and encoded once, memory-mapped."""
-
-    ARRAYS = ("latents", "masks", "references", "ids", "category_ids", "labels", "columns")
-
-    def __init__(self, folder: Path) -> None:
-        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in self.ARRAYS}
-        self.count = len(self.arrays["latents"])
-
-    def batch(self, indices: np.ndarray, tinted: np.ndarray, shares: Shares) -> dict[str, Tensor]:
-        """Tensors of the scenes `indices`; `tinted` (B,) says whose caption names the tint."""
-        pick = {name: np.asarray(array[indices]) for name, array in self.arrays.items()}
-        rows = np.arange(len(indices))
-        count = len(indices)
-        neither, caption_only = round(shares.neither * count), round(shares.caption_only * count)
-        return {
-            "latents": torch.from_numpy(pick["latents"]).float(),
-            "mask": torch.from_numpy(pick["masks"]).float(),
-            "references": torch.from_numpy(pick["references"]),
-            "ids": torch.from_numpy(pick["ids"][rows, tinted.astype(int)]).long(),
-            "columns": torch.from_numpy(pick["columns"][rows, tinted.astype(int)]).long(),
-            "category_ids": torch.from_numpy(pick["category_ids"]).long(),
-            "labels": torch.from_numpy(pick["labels"]).float(),
-            "split": torch.tensor([count - neither - caption_only, caption_only, neither]),
-        }
-
-
-def _caption_row(tokenizer, caption: str, category: str) -> tuple[list[int], tuple[int, int]]:
-    """Ids of a caption, padded to the window less the queries, and the columns of its category and background words."""
-    ids = tokenizer(caption, padding="max_length", max_length=WINDOW - QUERIES).input_ids
-    words = caption.split()
-    # Every word of the world is one token: word i stands in column i + 1, after the start token.
-    return ids, (words.index(category) + 1, len(words))
-
-
-def make_cache(folder: Path, vae_folder: Path, count: int, processes: int = 1, split: str = "train") -> None:
-    """Draw and encode scenes 0 to `count` of a split into `folder`, in `processes` processes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_clip_tokenizer(folder / "tokenizer")
-    save_word_piece_tokenizer(folder / "qformer_tokenizer")
-    shapes = {
-        "latents": ((4, 16, 16), np.float16),
-        "masks": ((16, 16), np.float16),
-        "references": ((3, world.SIZE, world.SIZE), np.uint8),
-        "ids": ((2, WINDOW - QUERIES), np.int16),
-        "columns": ((2, 2), np.int16),
-        "category_ids": ((4,), np.int16),
-        "labels": ((5,), np.float32),
-    }
-    for name, (shape, dtype) in shapes.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (count, *shape)).flush()
-    mp.start_processes(_fill_cache, (folder, vae_folder, count, processes, split), processes, start_method="fork")
-
-
-@torch.no_grad()
-def _fill_cache(rank: int, folder: Path, vae_folder: Path, count: int, processes: int, split: str) -> None:
-    from transformers import BertTokenizer, CLIPTokenizer
-
-    torch.set_num_threads(1)
-    vae = AutoencoderKL.from_pretrained(vae_folder).eval().to(memory_format=torch.channels_last)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    pieces = BertTokenizer.from_pretrained(folder / "qformer_tokenizer")
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in Cache.ARRAYS}
-    caption_row = lru_cache(maxsize=None)(lambda caption, category: _caption_row(tokenizer, caption, category))
-    starts = range(64 * rank, count, 64 * processes)
-    for start in tqdm(starts, desc="drawing scenes", disable=None if rank == 0 else True):
-        chosen = slice(start, min(start + 64, count))
-        indices = range(chosen.start, chosen.stop)
-        scenes = [world.draw(world.sample(split, index)) for index in indices]
-        looks = [scene.spec.look for scene in scenes]
-        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        rows = [
-            [caption_row(scene.spec.caption(tint=tint), scene.spec.look.category) for tint in (False, True)]
-            for scene in scenes
-        ]
-        arrays["latents"][chosen] = vae.encode(images).latent_dist.mean.numpy()
-        arrays["masks"][chosen] = [scene.alpha.reshape(16, 4, 16, 4).mean((1, 3)) for scene in scenes]
-        arrays["references"][chosen] = [
-            world.reference(look, split, index).transpose(2, 0, 1) for look, index in zip(looks, indices)
-        ]
-        arrays["ids"][chosen] = [[ids for ids, _ in pair] for pair in rows]
-        arrays["columns"][chosen] = [[columns for _, columns in pair] for pair in rows]
-        names = [look.category for look in looks]
-        arrays["category_ids"][chosen] = pieces(names, padding="max_length", max_length=4).input_ids
-        arrays["labels"][chosen] = [_labels(look) for look in looks]
-
-
-def _labels(look: world.Look) -> tuple[float, ...]:
-    """Category, source, natural or not, and the hue as a point on the circle (0, 0 for natural colours)."""
-    angle = None if look.hue is None else np.deg2rad(look.hue)
-    hue = (0.0, 0.0) if angle is None else (np.cos(angle), np.sin(angle))
-    return (world.CATEGORIES.index(look.category), world.SOURCES.index(look.source), angle is None, *hue)
 
 
 class RepresentationTrainer(nn.Module):
@@ -284,6 +174,13 @@ class RepresentationTrainer(nn.Module):
         return loss, (category.argmax(1) == labels[:, 0]).float().mean()
 
 
+def start_from_model(trainer: RepresentationTrainer, folder: Path) -> None:
+    """Fill a trainer with the weights of a model folder; the auxiliary heads, which no model has, begin anew."""
+    parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "qformer": "model"}
+    for name, stem in parts.items():
+        getattr(trainer, name).load_state_dict(load_file(folder / name / f"{stem}.safetensors"))
+
+
 def train(
     config: RunConfig,
     cache_folder: Path,
@@ -293,12 +190,14 @@ def train(
     start_from: Path | None = None,
     evaluate=None,
 ) -> Path:
-    """Run the stage; `start_from` is an `ema.safetensors` of an earlier run to begin with."""
+    """Run the stage; `start_from`, an `ema.safetensors` of an earlier run or a model folder, is what it begins with."""
     cache, shares = Cache(cache_folder), shares or Shares()
 
     def build() -> RepresentationTrainer:
         trainer = RepresentationTrainer(attention_weight)
-        if start_from:
+        if start_from and start_from.is_dir():
+            start_from_model(trainer, start_from)
+        elif start_from:
             trainer.load_state_dict(load_file(start_from))
         return trainer
 

@@ -10,6 +10,8 @@ from p2p_subject.training.world import CATEGORIES, HUES
 
 WINDOW = 24
 """Columns of the miniature's text encoder."""
+QUERIES = 4
+"""Columns of it that a subject takes."""
 
 WORDS = (
     "a", "an", "the", "on", "in", "at", "and", "with", "of", "is", "photo", "picture", "big", "small", "no",
