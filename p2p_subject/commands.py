@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import secrets
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from p2p_subject import __version__
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
 from p2p_subject.errors import EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.images import load_image, load_mask
-from p2p_subject.outputs import IMAGE_FORMATS, atomic_path, check_target, save_image
+from p2p_subject.outputs import IMAGE_FORMATS, check_target, save_image
 from p2p_subject.prompts import describe
 from p2p_subject.source import Source
 from p2p_subject.viz import contact_sheet, edit_sheet, mask_area, overlay, panel_for
@@ -223,7 +224,18 @@ def _targets(**paths: str | None) -> dict[str, Path]:
     }
     if len(set(targets.values())) < len(targets):
         raise OutputError(f"one file is named for several outputs ({', '.join(map(str, targets.values()))}); name one for each")
+    require_writable(*{path.parent for path in targets.values()})
     return targets
+
+
+def require_writable(*folders: Path) -> None:
+    """Raise `OutputError` for a folder that takes no file, by trying: permissions do not tell of all that can be wrong."""
+    for folder in folders:
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OutputError(f"cannot write into {str(folder)!r} ({error.strerror or error}); give another folder") from error
 
 
 def _subject(arguments: Namespace) -> Subject | None:
@@ -282,8 +294,7 @@ def _write(targets: dict[str, Path], pictures: dict[str, Image.Image], source: S
     """Write every output that was asked for; returns the paths by name."""
     for name, path in targets.items():
         if name == "source":
-            with atomic_path(path) as temporary:
-                source.save(temporary)
+            source.save(path)
         else:
             save_image(pictures[name], path)
     return {name: str(path) for name, path in targets.items()}

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from p2p_subject.alignment import Alignment
 from p2p_subject.edits import EditSpec, Window
+from p2p_subject.errors import EditSpecError
+from p2p_subject.prompts import word_and_index
 from p2p_subject.tokens import TokenLayout
 
 
@@ -109,8 +111,15 @@ def compile_edits(
 ) -> Controller:
     """Compile edits of one source; alignments and target layouts in the order of `specs`.
 
-    `latent_size` (h, w) fixes which self-attention layers follow the source.
+    `latent_size` (h, w) fixes which self-attention layers follow the source. Raises `EditSpecError` for weights in a window
+    that holds none of the steps.
     """
+    for spec in specs:
+        if spec.weights and not any(within(spec.cross_replace, index, steps) for index in range(steps)):
+            raise EditSpecError(
+                f"weights={dict(spec.weights)} can have no effect: of {steps} steps, cross_replace={spec.cross_replace} holds "
+                "none; widen it, take more steps or leave the weights out"
+            )
     weights = torch.stack([_weights(spec, target) for spec, target in zip(specs, targets)])
     matrices = torch.stack([alignment.matrix for alignment in alignments]) * weights[:, None]
     own = (1 - torch.stack([alignment.covered for alignment in alignments])) * weights
@@ -126,5 +135,5 @@ def compile_edits(
 def _weights(spec: EditSpec, target: TokenLayout) -> Tensor:
     weights = torch.ones(target.length)
     for word, factor in spec.weights.items():
-        weights[list(target.columns(word))] = factor
+        weights[list(target.columns(*word_and_index(word)))] = factor
     return weights

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from p2p_subject.commands import Report, given, listed, load_editor, run_report
+from p2p_subject.commands import Report, given, listed, load_editor, require_writable, run_report
 from p2p_subject.edits import Subject, swap_subject
 from p2p_subject.errors import OutputError
 from p2p_subject.outputs import check_target, save_image
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from p2p_subject.source import Source
 
 ROWS = 4
+PICTURES = ("source", "subject", "heatmap", "mask", "edited", "truth")
 COLUMNS = ("source", "the subject", "attention to the word", "mask", "edited", "true answer")
 
 
@@ -50,14 +51,8 @@ class Row:
     def pictures(self) -> dict[str, Image.Image]:
         """The pictures of the row by the name of their file."""
         result = self.result
-        return {
-            "source": result.source_image,
-            "subject": self.subject,
-            "heatmap": self.heatmap,
-            "mask": result.mask,
-            "edited": result.image,
-            "truth": self.truth,
-        }
+        pictures = (result.source_image, self.subject, self.heatmap, result.mask, result.image, self.truth)
+        return dict(zip(PICTURES, pictures))
 
     def panels(self) -> list[tuple[str, Image.Image]]:
         """The row of the contact sheet."""
@@ -100,23 +95,30 @@ def sheet(rows: list[Row]) -> Image.Image:
 
 
 def prepare(folder: Path) -> Path:
-    """Make the folder that the pictures go to, or raise `OutputError`; call it before any work is done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
-    check_target(folder / "sheet.png")
+    """Make the folders that the pictures go to, or raise `OutputError`; call it before any work is done."""
+    places = [folder / "sheet.png", *(row / f"{name}.png" for row in _row_folders(folder) for name in PICTURES)]
+    for own in (folder, *_row_folders(folder)):
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {str(own)!r}: {error.strerror or error}") from error
+        require_writable(own)
+    for place in places:
+        check_target(place)
     return folder
 
 
+def _row_folders(folder: Path, count: int = ROWS) -> list[Path]:
+    return [folder / f"row-{number}" for number in range(1, count + 1)]
+
+
 def write(rows: list[Row], folder: Path) -> dict[str, Path]:
-    """Write the sheet and a folder of single pictures for each row; returns the paths by name."""
+    """Write the sheet and the single pictures of each row into a prepared folder; returns the paths by name."""
     paths = {"sheet": folder / "sheet.png"}
-    for number, row in enumerate(rows, 1):
-        own = prepare(folder / f"row-{number}")
+    for own, row in zip(_row_folders(folder, len(rows)), rows):
         for name, picture in row.pictures().items():
             save_image(picture, own / f"{name}.png")
-        paths[f"row-{number}"] = own
+        paths[own.name] = own
     save_image(sheet(rows), paths["sheet"])
     return paths
 

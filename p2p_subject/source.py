@@ -58,15 +58,22 @@ class Source:
             lacking = ", ".join(missing)
             raise TrajectoryError(f"{path}: a trajectory without its picture ({lacking}); read it with Trajectory.load")
         if missing:
-            raise TrajectoryError(f"{path}: {', '.join(missing)} missing; a saved source needs {', '.join(_SHAPES)}. Invert again")
-        for name, (axes, kind) in _SHAPES.items():
-            if tensors[name].ndim != axes or tensors[name].dtype != kind:
-                given = f"{tuple(tensors[name].shape)} {tensors[name].dtype}"
-                raise TrajectoryError(f"{path}: {name} is {given}; expected {axes} axes of {kind}. Invert again")
+            raise TrajectoryError(
+                f"{path}: {', '.join(missing)} missing; a saved source needs {', '.join(_SHAPES)}. Invert the picture again"
+            )
+        for name, (shape, kind) in _SHAPES.items():
+            given = tensors[name]
+            if given.dtype != kind or given.ndim != len(shape) or any(a not in (b, "any") for a, b in zip(shape, given.shape)):
+                expected = ", ".join(map(str, shape))
+                raise TrajectoryError(f"{path}: {name} is {tuple(given.shape)} {given.dtype}; expected ({expected}) {kind}")
         image = Image.fromarray(tensors["image"].numpy())
         width, height = tensors["model_size"].tolist()
         return cls(trajectory, image, Frame(image.size, (width, height)), tensors["attention"], tensors.get("subject"))
 
 
-_SHAPES = {"image": (3, torch.uint8), "model_size": (1, torch.int64), "attention": (3, torch.float32)}
-"""Axes and type of the tensors that a saved source has beside its trajectory."""
+_SHAPES = {
+    "image": (("any", "any", 3), torch.uint8),
+    "model_size": ((2,), torch.int64),
+    "attention": (("any", "any", "any"), torch.float32),
+}
+"""Shape and type of the tensors that a saved source has beside its trajectory."""

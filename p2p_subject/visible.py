@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Container, Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,14 +12,20 @@ from PIL import Image
 from torch import Tensor
 
 from p2p_subject.blend import RULES, binary_mask, region
-from p2p_subject.images import Frame
-from p2p_subject.prompts import Plan
+from p2p_subject.images import INSIDE, Frame
+from p2p_subject.outputs import dilate
+from p2p_subject.prompts import Columns, Plan
 from p2p_subject.sampling import Target, scores, threshold_of
+
+SUBJECT, TARGET = " (subject)", " (target)"
+"""What a key of `heat_maps` ends with where the source's prompt has the same word."""
+
+_NUMBER = re.compile(r"#\d+$")
 
 
 def latent_mask(mask: np.ndarray, size: tuple[int, int]) -> Tensor:
     """Bring a user's mask (H, W) to latents of `size` (h, w): 1 where any part of the latent pixel may change."""
-    return (F.adaptive_max_pool2d(torch.from_numpy(mask)[None, None], size)[0, 0] > 0.5).float()
+    return (F.adaptive_max_pool2d(torch.from_numpy(mask)[None, None], size)[0, 0] >= INSIDE).float()
 
 
 def pixel_mask(target: Target, maps: Tensor, frame: Frame, cell: float) -> np.ndarray | None:
@@ -29,18 +38,37 @@ def pixel_mask(target: Target, maps: Tensor, frame: Frame, cell: float) -> np.nd
         return None
     width, height = frame.original_size
     found = scores(target, maps[0], maps[1], (height, width))
-    return binary_mask(found, threshold_of(target.blend), round(target.blend.grow * cell)).numpy() if found else None
+    return dilate(binary_mask(found, threshold_of(target.blend)).numpy(), round(target.blend.grow * cell)) if found else None
 
 
 def heat_maps(maps: Tensor, plan: Plan, size: tuple[int, int]) -> dict[str, Image.Image]:
-    """Heat maps of the edited words at `size` (width, height), each over its maximum; the target's win where words agree."""
+    """Heat maps of the edited words at `size` (width, height), each over its maximum; those of the source's prompt first.
+
+    The key is the word. Several places of one word in one prompt are "cat#0", "cat#1" in reading order. A word that is edited
+    in both prompts is the source's; the target's is "dog (subject)" where it is the inserted subject, else "dog (target)".
+    """
     rule, _ = RULES["peak"]
     width, height = size
-    return {
-        label: to_gray(region(attention, columns, (), rule, (height, width)).numpy())
-        for attention, words in zip(maps, (plan.source_words, plan.target_words))
-        for label, columns in words.labels
-    }
+    keyed = [(key, maps[0], columns) for key, columns in _distinct(plan.source_words.labels)]
+    taken = {word for word, _ in plan.source_words.labels}
+    for key, columns in _distinct(plan.target_words.labels):
+        suffix = SUBJECT if set(plan.layout.subject) & set(columns) else TARGET
+        keyed.append((key + suffix if _NUMBER.sub("", key) in taken else key, maps[1], columns))
+    return {key: to_gray(region(own, columns, (), rule, (height, width)).numpy()) for key, own, columns in keyed}
+
+
+def _distinct(labels: tuple[tuple[str, Columns], ...]) -> Iterator[tuple[str, Columns]]:
+    """Labels of one prompt without repetitions, numbered where one word has several places."""
+    places: dict[str, set[Columns]] = {}
+    for word, columns in labels:
+        places.setdefault(word, set()).add(columns)
+    for word, columns in dict.fromkeys(labels):
+        yield (f"{word}#{sorted(places[word]).index(columns)}" if len(places[word]) > 1 else word), columns
+
+
+def of_target(key: str, source_words: Container[str]) -> bool:
+    """Whether a key of `heat_maps` is of the target's prompt, the edited words of the source's being `source_words`."""
+    return key.endswith((SUBJECT, TARGET)) or _NUMBER.sub("", key) not in source_words
 
 
 def to_gray(values: np.ndarray) -> Image.Image:

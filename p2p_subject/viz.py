@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from p2p_subject.errors import ImageError
+from p2p_subject.prompts import word_and_index
+from p2p_subject.visible import SUBJECT, TARGET, of_target
 
 if TYPE_CHECKING:
     from p2p_subject.editor import EditResult
@@ -55,11 +57,16 @@ def edit_sheet(result: EditResult, prompt: str) -> Image.Image:
     """One row that explains an edit of a source with `prompt`: source, subject, attention to each word, mask and result."""
     subject = result.spec.subject
     category = None if subject is None else subject.category
+    blend = result.spec.blend
+    named = [result.spec.swap] if blend is None or blend.source_words is None else blend.source_words
+    sources = [word_and_index(word)[0] for word in named if word is not None]
     row: list[Panel] = [(f"source: “{prompt}”", result.source_image)]
     row += [] if subject is None else [(f"subject: this {category}", picture) for picture in subject.pictures]
-    for word, heat in result.maps.items():
-        # The map of the category is the target's: it tells where the new subject is.
-        picture, where = (result.image, "result") if word == category else (result.source_image, "source")
+    for key, heat in result.maps.items():
+        # The maps of the target's words tell where the new subject is.
+        in_result = of_target(key, sources)
+        picture, where = (result.image, "result") if in_result else (result.source_image, "source")
+        word = key.removesuffix(SUBJECT).removesuffix(TARGET)
         row.append((f"attention to “{word}” in the {where}", overlay(picture, np.asarray(heat, np.float32) / 255)))
     if result.mask is not None:
         row.append((f"mask: {mask_area(result.mask):.0%} may change", result.mask))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,9 +54,9 @@ MULTIMODAL = Blip2QFormerConfig(
 )
 
 
-def prompt_tokenizer(folder: Path):
+def prompt_tokenizer(folder: Path, positions: int = TEXT.max_position_embeddings):
     """Make a CLIP tokenizer that spells: one token a letter."""
-    letters = list(string.ascii_lowercase + ",")
+    letters = list(string.ascii_lowercase + ",-")
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
@@ -66,7 +67,7 @@ def prompt_tokenizer(folder: Path):
         "eos_token": "<|endoftext|>",
         "pad_token": "<|endoftext|>",
         "unk_token": "<|endoftext|>",
-        "model_max_length": TEXT.max_position_embeddings,
+        "model_max_length": positions,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return load_prompt_tokenizer(folder)
@@ -91,8 +92,10 @@ def word_pieces(folder: Path):
     return load_word_pieces(folder)
 
 
-def tiny_pipeline(folder: Path, seed: int = 0) -> BlipDiffusionPipeline:
-    """Build the pipeline with random weights; `folder` takes the vocabularies."""
+def tiny_pipeline(
+    folder: Path, seed: int = 0, positions: int = TEXT.max_position_embeddings
+) -> BlipDiffusionPipeline:
+    """Build the pipeline with random weights and room for `positions` letters; `folder` takes the vocabularies."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -113,10 +116,10 @@ def tiny_pipeline(folder: Path, seed: int = 0) -> BlipDiffusionPipeline:
         sample_size=16,
     )
     # Default weights of 0.02 would make every prompt and subject look nearly alike at these widths.
-    text_encoder = _scaled(ContextCLIPTextModel(TEXT), 10)
+    text_encoder = _scaled(ContextCLIPTextModel(replace(TEXT, max_position_embeddings=positions)), 10)
     qformer = _scaled(Blip2QFormerModel(MULTIMODAL), 10)
     pipeline = BlipDiffusionPipeline(
-        tokenizer=prompt_tokenizer(folder / "prompt_tokenizer"),
+        tokenizer=prompt_tokenizer(folder / "prompt_tokenizer", positions),
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
         unet=unet.eval(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ _TESTS = Path(__file__).resolve().parent
 
 
 def golden_dir() -> Path | None:
-    """Return the folder of golden values: beside the repository all of them, within it a few."""
+    """Return the folder of golden values: named by P2P_SUBJECT_GOLDEN, beside the repository, or the few within it."""
+    named = os.environ.get("P2P_SUBJECT_GOLDEN")
+    if named and not Path(named).is_dir():
+        pytest.fail(f"P2P_SUBJECT_GOLDEN names {named!r}, which is no folder")
     places = (_TESTS.parents[1] / "shared" / "golden", _TESTS / "data" / "golden")
-    return next((place for place in places if place.is_dir()), None)
+    return Path(named) if named else next((place for place in places if place.is_dir()), None)
 
 
 def golden(path: str) -> Path:

@@ -10,10 +10,10 @@ from blip_tiny import MULTIMODAL, picture, seeded, tiny_pipeline
 
 from p2p_subject.blip_diffusion import Blip2QFormerModel, BlipDiffusionPipeline, BlipImageProcessor
 from p2p_subject.errors import (
+    ArgumentError,
     ImageError,
     ModelError,
     NonFiniteError,
-    P2PSubjectError,
     PromptError,
     PromptTooLongError,
     StepsError,
@@ -49,12 +49,13 @@ def generate(pipeline, prompt="sea", reference=None, source="dog", target="dog",
         ),
         (PromptError, "prompt has 0", {"prompt": []}),
         (PromptTooLongError, "Shorten", {"prompt": "a" * 30}),
+        (PromptTooLongError, r"do not fit: \['snow'\]", {"prompt": "grass sand and snow"}),
         (PromptTooLongError, "Shorten", {"neg_prompt": "a" * 30}),
         (PromptError, "two spellings", {"neg_prompt": "a", "negative_prompt": "b"}),
         (PromptError, "no repetition", {"prompt_reps": 0}),
         (PromptError, "no repetition", {"prompt_strength": 0.01}),
         (PromptError, "no repetition", {"prompt_strength": float("nan")}),
-        (PromptError, "num_images_per_prompt", {"num_images_per_prompt": 0}),
+        (ArgumentError, "num_images_per_prompt", {"num_images_per_prompt": 0}),
         (PromptError, "2 generators are given for 1", {"generator": [seeded(), seeded()]}),
         (SubjectError, "source_subject_category", {"source": " "}),
         (SubjectError, "source_subject_category", {"source": None}),
@@ -64,11 +65,12 @@ def generate(pipeline, prompt="sea", reference=None, source="dog", target="dog",
         (ImageError, "list is empty", {"reference": [[]]}),
         (ImageError, "multiple of 2", {"height": 33}),
         (ImageError, "multiple of 2", {"width": -2}),
-        (ImageError, "output_type", {"output_type": "jpeg"}),
+        (ArgumentError, "output_type", {"output_type": "jpeg"}),
         (ImageError, "latents have shape", {"latents": torch.zeros(1, 4, 4, 4)}),
         (NonFiniteError, "latents hold", {"latents": torch.full((1, 4, 8, 8), torch.nan)}),
         (NonFiniteError, "guidance_scale", {"guidance_scale": float("inf")}),
-        (P2PSubjectError, "guidance_scale", {"guidance_scale": "7"}),
+        (ArgumentError, "guidance_scale", {"guidance_scale": "7"}),
+        (ArgumentError, "callback_on_step_end", {"callback_on_step_end": "print"}),
         (StepsError, "1 to 1000", {"num_inference_steps": 0}),
         (StepsError, "1 to 1000", {"num_inference_steps": 1001}),
         (StepsError, "1 to 1000", {"num_inference_steps": 2.5}),
@@ -106,3 +108,14 @@ def test_components_that_do_not_fit_are_refused(pipeline):
         BlipDiffusionPipeline(**{**parts, "image_processor": BlipImageProcessor(size=64)})
     with pytest.raises(ModelError, match="positions a subject needs"):
         BlipDiffusionPipeline(**parts, ctx_begin_pos=20)
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(1, 4, 8, 8), {"latents": None}, {"latents": torch.zeros(1, 4, 4, 4)}])
+def test_a_callback_that_returns_something_else_is_refused(pipeline, returned):
+    with pytest.raises(ArgumentError, match=r"expected None or a dictionary whose .*\(1, 4, 8, 8\)"):
+        generate(pipeline, callback_on_step_end=lambda *_: returned)
+
+
+def test_an_unknown_kind_of_picture_is_refused():
+    with pytest.raises(ArgumentError, match="output_type is 'jpeg'"):
+        BlipImageProcessor.postprocess(torch.zeros(1, 3, 2, 2), "jpeg")

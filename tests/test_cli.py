@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 
 from p2p_subject import cli, commands, demo, editor
 from p2p_subject.edits import Blend, EditSpec
@@ -210,7 +212,7 @@ MISTAKES = {
     "long prompt": ("PromptTooLongError", "Shorten the prompt", (*SWAP, "--prompt", "a cat " * 20)),
     "long negative prompt": ("PromptTooLongError", "Shorten the prompt", (*SWAP, "--negative-prompt", "a cat " * 20)),
     "no prompt": ("PromptError", "needs --prompt", without("--prompt")),
-    "no steps": ("StepsError", "between 1 and 1000", (*SWAP, "--steps", "0")),
+    "no steps": ("StepsError", "between 1 and ", (*SWAP, "--steps", "0")),
     "suffix": ("OutputError", "unknown suffix '.txt'", (*SWAP, "--out", "{tmp}/out.txt")),
     "suffix of the source": ("OutputError", "use .safetensors", (*SWAP, "--save-source", "{tmp}/a.pt")),
     "no such folder": ("OutputError", "create it first", (*SWAP, "--out", "{tmp}/missing/out.png")),
@@ -238,6 +240,7 @@ MISTAKES = {
         "WordNotFoundError", "Did you mean 'grass'", (*without("--steps", EDIT), "--words", "cat", "gras"),
     ),
     "file as folder": ("OutputError", "cannot make the folder", ("demo", "--out", "{scene}")),
+    "source without a folder": ("OutputError", "create it first", (*SWAP, "--save-source", "{tmp}/missing/a.safetensors")),
 }  # fmt: skip
 
 
@@ -259,6 +262,42 @@ class TestMistakes:
         told = json.loads(out)
         assert told["error"] == error and message in told["message"]
         assert shell.written() == []
+
+    @pytest.mark.parametrize("name", ["edit", "generate"])
+    def test_a_folder_that_takes_no_file_is_refused_before_the_work(self, shell, monkeypatch, name):
+        def refuse(*_, dir, **__):
+            if dir.name == "locked":
+                raise OSError(30, "Read-only file system")
+            return nullcontext()
+
+        # Simulated, because a superuser may write nearly anywhere.
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+        monkeypatch.setattr(commands, "load_editor", lambda *_: pytest.fail("a model was loaded"))
+        (shell.folder / "locked").mkdir()
+        command = {"edit": SWAP, "generate": ("generate", "a dog", "--out", "{tmp}/out.png")}[name]
+        code, _, err = shell(*command, "--save-source", "{tmp}/locked/a.safetensors")
+        assert code == 2 and "locked" in err and "Read-only file system" in err and err.count("\n") == 1
+
+    def test_a_full_disk_is_one_line(self, shell, monkeypatch):
+        def fail(*_, **__):
+            raise SafetensorError("No space left on device")
+
+        monkeypatch.setattr("safetensors.torch.save_file", fail)
+        code, out, err = shell(*SWAP, "--save-source", "{tmp}/a.safetensors", "--json")
+        assert code == 2 and json.loads(out)["error"] == "OutputError"
+        assert "No space left" in err and err.count("\n") == 1
+
+    @pytest.mark.parametrize("taken", ["demo/row-3", "demo/row-2/edited.png"])
+    def test_every_place_of_the_demo_is_checked_before_the_work(self, shell, monkeypatch, taken):
+        monkeypatch.setattr(demo, "load_editor", lambda *_: pytest.fail("a model was loaded"))
+        place = shell.folder / taken
+        if place.suffix:
+            place.mkdir(parents=True)
+        else:
+            place.parent.mkdir()
+            place.touch()
+        code, _, err = shell("demo", "--out", "{tmp}/demo")
+        assert code == 2 and place.name in err and err.count("\n") == 1
 
     def test_without_json_stdout_stays_empty(self, shell):
         code, out, err = shell(*SWAP, "--swap", "cats")

@@ -13,7 +13,7 @@ from p2p_subject.alignment import Alignment
 from p2p_subject.attention import ControlledAttention, controlled_attention, map_size
 from p2p_subject.controller import Controller, MapSink, StepControl, compile_edits, within
 from p2p_subject.edits import EditSpec
-from p2p_subject.errors import HookError
+from p2p_subject.errors import EditSpecError, HookError
 from p2p_subject.tokens import TokenLayout
 
 TOKENS, WIDTH = 6, 8
@@ -208,3 +208,13 @@ def test_compiled_weights_and_windows() -> None:
     assert controller.rows == first.rows == 3 and first.targets == (2,) and first.sources == (0,)
     assert torch.equal(first.from_source[0], torch.diag(torch.tensor([1.0, 1, 3, 1, 1, 1]))) and first.self_pixels == (0,)
     assert last.from_source is None and last.self_pixels == (8 * 4,)
+
+
+def test_weights_of_one_of_two_equal_words_and_weights_without_a_step() -> None:
+    layout = TokenLayout("cat cat", (1, 5, 5, 2, 2, 2), (None, (0, 3), (4, 7), None, None, None), range(0))
+    alignment = Alignment(torch.eye(TOKENS), torch.ones(TOKENS))
+    spec = EditSpec(prompt="cat cat", cross_replace=0.5, weights={("cat", 1): 3.0})
+    controller = compile_edits([spec], [alignment], [layout], 4, (16, 8))
+    assert torch.equal(controller.at(0).from_source[0].diag(), torch.tensor([1.0, 1, 3, 1, 1, 1]))
+    with pytest.raises(EditSpecError, match="can have no effect: of 1 steps"):
+        compile_edits([spec], [alignment], [layout], 1, (16, 8))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,13 +31,15 @@ blends = st.builds(
     start=fractions,
     grow=st.integers(0, 3),
 )
+words = st.text(min_size=1, max_size=5).filter(str.strip)
 specs = st.builds(
     EditSpec,
     prompt=st.text(min_size=1, max_size=20),
-    cross_replace=windows,
+    # Not empty: weights act within it.
+    cross_replace=st.floats(0.1, 1) | st.tuples(st.floats(0, 0.4), st.floats(0.5, 1)),
     self_replace=windows,
     self_resolution=st.none() | st.integers(1, 64),
-    weights=st.dictionaries(st.text(min_size=1, max_size=5), st.floats(-9, 9), max_size=2),
+    weights=st.dictionaries(words | st.tuples(words, st.integers(0, 3)), st.floats(-9, 9), max_size=2),
     blend=st.none() | blends,
 )
 
@@ -58,6 +65,27 @@ def test_subjects_survive_json_with_their_pixels() -> None:
         ({"prompt": "x", "self_replace": (0.8, 0.2)}, r"start <= stop"),
         ({"prompt": "x", "self_resolution": 0}, "self_resolution=0"),
         ({"prompt": "x", "weights": {"cat": float("nan")}}, "expected a finite number"),
+        ({"prompt": "x", "weights": {"cat": float("inf")}}, "expected a finite number"),
+        ({"prompt": "x", "weights": {"cat": True}}, "expected a finite number"),
+        ({"prompt": "x", "weights": {"cat": 10**400}}, "expected a finite number"),
+        ({"prompt": "x", "weights": {"": 2.0}}, "a word of weights=''; expected a word"),
+        ({"prompt": "x", "weights": {("cat", "1"): 2.0}}, r"\('cat', '1'\); expected a word"),
+        ({"prompt": "x", "weights": None}, "weights=None; expected a mapping"),
+        ({"prompt": "x", "weights": {"cat": 2.0}, "cross_replace": 0}, "can have no effect.*cross_replace"),
+        ({"prompt": "x", "weights": {"cat": 2.0}, "cross_replace": (0.5, 0.5)}, "can have no effect.*cross_replace"),
+        ({"prompt": "x", "cross_replace": None}, "cross_replace=None; expected a fraction"),
+        ({"prompt": "x", "cross_replace": True}, "cross_replace=True; expected a fraction"),
+        ({"prompt": "x", "self_replace": float("nan")}, "self_replace=nan; expected a fraction"),
+        ({"prompt": "x", "self_replace": "0.4"}, "self_replace='0.4'; expected a fraction"),
+        ({"prompt": "x", "self_resolution": "a"}, "self_resolution='a'; expected 1 or more"),
+        ({"prompt": "x", "self_resolution": 8.0}, "self_resolution=8.0; expected 1 or more"),
+        ({"prompt": "x", "self_resolution": True}, "self_resolution=True; expected 1 or more"),
+        ({"prompt": 3}, "prompt=3; expected a text"),
+        ({"prompt": "x", "swap": ("cat",)}, r"swap=\('cat',\); expected a word"),
+        ({"prompt": "x", "swap": ("cat", "x")}, r"swap=\('cat', 'x'\); expected a word"),
+        ({"prompt": "x", "swap": ("cat", -1)}, "swap=.*expected a word"),
+        ({"prompt": "x", "swap": " "}, "swap=' '; expected a word"),
+        ({"prompt": "x", "blend": "share"}, "blend='share'; expected Blend"),
         ({"prompt": "x", "subject": Subject(PICTURE, "dog")}, "no word for it to replace"),
     ],
 )
@@ -66,10 +94,38 @@ def test_specs_that_contradict_themselves_are_refused(fields: dict, message: str
         EditSpec(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"threshold": 2}, {"start": -0.1}, {"grow": -1}, {"grow": 1.5}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"threshold": 2}, {"threshold": True}, {"start": -0.1}, {"start": None}, {"grow": -1}, {"grow": 1.5}, {"grow": True},
+        {"rule": 3}, {"rule": ["peak"]}, {"source_words": "cat"}, {"target_words": 3},
+    ],
+)  # fmt: skip
 def test_blends_out_of_range_are_refused(fields: dict) -> None:
     with pytest.raises(EditSpecError, match=f"{next(iter(fields))}="):
         Blend(**fields)
+
+
+def test_a_word_of_a_blend_is_named_by_its_place() -> None:
+    with pytest.raises(EditSpecError, match=r"source_words\[1\]=3; expected a word"):
+        Blend(source_words=("cat", 3))
+
+
+def test_a_spec_keeps_its_weights_whatever_becomes_of_the_callers() -> None:
+    weights = {"cat": 2.0}
+    spec = EditSpec(prompt="a cat", weights=weights)
+    weights["cat"] = 3.0
+    assert spec.weights == {"cat": 2.0}
+    with pytest.raises(TypeError):
+        spec.weights["cat"] = 3.0
+    for copied in (copy.deepcopy(spec), pickle.loads(pickle.dumps(spec)), replace(spec)):
+        assert copied == spec and hash(copied) == hash(spec)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    blend = Blend(threshold=np.float32(0.5), grow=np.int64(2))
+    spec = EditSpec(prompt="x", cross_replace=np.float32(0.5), weights={"cat": np.float32(2)}, blend=blend)
+    assert EditSpec.from_json(spec.to_json()) == spec
 
 
 @pytest.mark.parametrize("category", ["", "   ", None, 3])
@@ -94,11 +150,44 @@ def test_subject_pictures_are_read_at_once() -> None:
         ("[]", "a JSON list"),
         ('{"promt": "x"}', "Did you mean 'prompt'"),
         ('{"prompt": "x", "blend": {"rul": "peak"}}', "'rule'"),
+        (None, "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ('{"prompt": "x", "cross_replace": null}', "cross_replace=None"),
+        ('{"prompt": "x", "cross_replace": NaN}', "cross_replace=nan"),
+        ('{"prompt": "x", "blend": 3}', "blend=3; expected an object"),
+        ('{"prompt": "x", "blend": ""}', "blend=''; expected an object"),
+        ('{"prompt": "x", "weights": [["cat", 2.0]]}', r"\['cat', 2.0\]; expected \[word, index or null, factor\]"),
+        ('{"prompt": "x", "weights": [["cat", null, "2"]]}', "weights.*'2'; expected a finite number"),
+        ('{"prompt": "x", "swap": ["cat"]}', r"swap=\['cat'\]; expected a word"),
     ],
 )
 def test_json_that_is_no_edit_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(EditSpecError, match=message):
         EditSpec.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ("3", "subject: a int given"),
+        ('{"category": "dog"}', r"\['category'\] given; expected .*'pictures'"),
+        ('{"category": "dog", "pictures": []}', r"pictures=\[\]; expected a list of one or more"),
+        ('{"category": "dog", "pictures": "AAAA"}', "pictures='AAAA'; expected a list"),
+        ('{"category": "dog", "pictures": [3]}', "not base64"),
+        ('{"category": "dog", "pictures": ["not base64"]}', "not base64"),
+    ],
+)
+def test_json_whose_subject_is_none_is_refused(subject: str, message: str) -> None:
+    with pytest.raises(SubjectError, match=message):
+        EditSpec.from_json(f'{{"swap": "cat", "subject": {subject}}}')
+    with pytest.raises(SubjectError, match="subject='dog'; expected Subject"):
+        EditSpec(swap="cat", subject="dog")
+
+
+def test_weights_in_json_name_places_of_words() -> None:
+    spec = EditSpec(prompt="x", weights={"cat": 2.0, ("cat", 1): 0.5})
+    assert json.loads(spec.to_json())["weights"] == [["cat", None, 2.0], ["cat", 1, 0.5]]
+    assert EditSpec.from_json('{"prompt": "x", "weights": {"cat": 2}}').weights == {"cat": 2.0}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from PIL import Image
 
 from p2p_subject.errors import ImageError, MaskError
 from p2p_subject.images import MAX_ASPECT, MIN_SIDE, Frame, fit, load_image, load_mask, to_tensor
-from p2p_subject.outputs import restore, to_pil
+from p2p_subject.outputs import feather, restore, to_pil
+from p2p_subject.visible import latent_mask
 
 LEFT_SIDE_DOWN = 6  # EXIF: the camera was turned, the picture has to be rotated by 270 degrees
 ORIENTATION = 0x0112
@@ -321,7 +322,8 @@ class TestLoadMask:
         assert np.abs(load_mask(path, (64, 64)) - half_mask(64, 64)).max() < 0.5
 
     def test_soft_values_are_kept(self):
-        np.testing.assert_array_equal(load_mask(np.full((4, 4), 51, np.uint8), (4, 4)), np.float32(0.2))
+        loaded = load_mask(np.full((4, 4), 51, np.uint8) * np.uint8([1, 1, 1, 4]), (4, 4))
+        np.testing.assert_array_equal(loaded, np.float32([[0.2, 0.2, 0.2, 0.8]] * 4))
 
     @given(st.integers(2, 40), st.integers(1, 40), st.booleans())
     @settings(max_examples=50, deadline=None)
@@ -384,6 +386,22 @@ class TestLoadMask:
         for name in ("fake.png", "nowhere.png", ""):
             with pytest.raises(MaskError):
                 load_mask(tmp_path / name, (8, 8))
+
+
+class TestInsideOfMasks:
+    def test_a_mask_without_an_inside_is_refused_before_it_is_used(self):
+        with pytest.raises(MaskError, match=r"reaches only 0\.4, .*at least 0\.5"):
+            load_mask(np.full((64, 64), 0.4), (64, 64))
+        with pytest.raises(MaskError, match="reaches only"):
+            load_mask(Image.new("L", (8, 8), 127), (8, 8))
+
+    @pytest.mark.parametrize("value", [0.5, 0.51, 1.0])
+    def test_what_is_taken_has_the_same_inside_everywhere(self, value):
+        mask = np.full((8, 8), 0.49)
+        mask[2:6, 4:] = value
+        taken = load_mask(mask, (8, 8))
+        assert np.array_equal(feather(taken, 0, 0) == 1, mask == value)
+        assert np.array_equal(latent_mask(taken, (4, 4)).numpy() == 1, (mask == value)[::2, ::2])
 
 
 class TestFit:

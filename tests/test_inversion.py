@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from inversion import (
     ModelMismatchError,
     Move,
     NonFiniteError,
+    OutputError,
     P2PSubjectError,
     Schedule,
     ScheduleError,
@@ -149,6 +152,80 @@ def test_bad_trajectories_and_files_are_refused(tmp_path) -> None:
         Trajectory.load(tmp_path / "other.safetensors")
     with pytest.raises(TrajectoryError, match="one picture"):
         ddim(lambda x, move: x, torch.zeros(2, 4, 2, 2), schedule)
+
+
+def made(steps: int = 3) -> Trajectory:
+    return Trajectory(torch.zeros(steps + 1, 4, 2, 2), make_schedule(steps), "a cat", "ddim", 2.5, "abc")
+
+
+def test_trajectories_are_compared_by_identity() -> None:
+    one, other = made(), made()
+    assert one == one and one != other and other in [one, other] and len({one, other}) == 2
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, message in (("missing/a.safetensors", "create it first"), ("folder", "is a directory")):
+        with pytest.raises(OutputError, match=message) as caught:
+            made().save(tmp_path / name)
+        assert isinstance(caught.value, OSError) and isinstance(caught.value, P2PSubjectError)
+
+    from safetensors import SafetensorError
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"part")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    (tmp_path / "a.safetensors").write_bytes(b"old")
+    with pytest.raises(OutputError, match=r"a\.safetensors.*No space left"):
+        made().save(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "folder"]
+
+
+def test_a_name_of_the_longest_length_can_be_saved(tmp_path) -> None:
+    path = tmp_path / ("a" * 243 + ".safetensors")
+    made().save(path)
+    assert Trajectory.load(path).prompt == "a cat"
+
+
+def test_threads_may_save_to_one_place_at_once(tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: made().save(path), range(64)))
+    assert Trajectory.load(path).prompt == "a cat" and len(list(tmp_path.iterdir())) == 1
+
+
+def damaged(**changes) -> str:
+    values = json.loads(made().pack()[1]["trajectory"])
+    return json.dumps({key: value for key, value in (values | changes).items() if value is not ...})
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (None, "entry 'trajectory' is missing"),
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ("3", "damaged"),
+        ("[" * 100_000, "damaged"),
+        (damaged(schedule=...), "entry 'schedule' is missing"),
+        (damaged(schedule=3), "damaged"),
+        (damaged(schedule={"timesteps": [1]}), "entry 'alphas' is missing"),
+        (damaged(schedule={"timesteps": [1], "alphas": ["x"], "final_alpha": 1}), "damaged"),
+        (damaged(schedule={"timesteps": [1], "alphas": [0.5], "final_alpha": 1}), "needs"),
+        (damaged(schedule={"timesteps": [1], "alphas": [0.5], "final_alpha": 1, "x": 1}), "damaged"),
+        (damaged(prompt=3), "prompt is 3, expected a text"),
+        (damaged(guidance_scale=None), "damaged"),
+        (damaged(surplus=1), "surplus"),
+    ],
+)
+def test_a_damaged_header_is_a_trajectory_error(header, message) -> None:
+    tensors, metadata = made().pack()
+    metadata = {"format": metadata["format"]} | ({} if header is None else {"trajectory": header})
+    with pytest.raises(TrajectoryError, match=f"(?s)^file: .*{message}"):
+        Trajectory.unpack(tensors, metadata, "file")
 
 
 def test_another_model_is_refused_by_both_names() -> None:

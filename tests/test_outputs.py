@@ -22,6 +22,7 @@ from p2p_subject.outputs import (
     atomic_path,
     atomic_write,
     check_target,
+    dilate,
     feather,
     paste_back,
     save_image,
@@ -94,9 +95,27 @@ class TestFeather:
         np.testing.assert_array_equal(feather(mask, 1, 0)[0], [1, 1, 0, 0, 0, 0, 0, 0, 0])
 
     def test_refused(self):
-        for mask, dilate, width in ((1.0, -1, 0), (1.0, 0, -0.5), (0.4, 1, 1)):
+        for mask, widening, width in ((1.0, -1, 0), (1.0, 0, -0.5), (0.4, 1, 1)):
             with pytest.raises(MaskError):
-                feather(np.full((4, 4), mask), dilate, width)
+                feather(np.full((4, 4), mask), widening, width)
+
+
+class TestDilate:
+    @given(mask=hard_masks, pixels=st.integers(0, 30))
+    @settings(deadline=None)
+    def test_is_max_pooling(self, mask, pixels):
+        pooled = torch.nn.functional.max_pool2d(torch.from_numpy(mask[None]).float(), 2 * pixels + 1, 1, pixels)[0]
+        widened = dilate(mask, pixels)
+        assert widened.dtype == np.float32 and np.array_equal(widened, pooled.numpy())
+
+    def test_a_photo_takes_no_longer_for_a_large_width(self):
+        mask = np.zeros((3000, 4000), np.float32)
+        mask[1500, 2000] = 0.5
+        assert dilate(mask, 900).sum() == 1801**2
+
+    def test_negative_widths_are_refused(self):
+        with pytest.raises(MaskError, match="0 or more"):
+            dilate(np.ones((2, 2)), -1)
 
 
 class TestPasteBack:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from p2p_subject import viz
+from p2p_subject.editor import EditResult
+from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
 from p2p_subject.errors import ImageError
-from p2p_subject.viz import GAP, MARGIN, colours, contact_sheet, mask_area, overlay, panel_for
+from p2p_subject.images import Frame
+from p2p_subject.prompts import Plan, Words
+from p2p_subject.sampling import Target
+from p2p_subject.tokens import TokenLayout
+from p2p_subject.visible import heat_maps, pixel_mask
+from p2p_subject.viz import GAP, MARGIN, colours, contact_sheet, edit_sheet, mask_area, overlay, panel_for
 
 sides = st.integers(1, 90)
 pictures = st.builds(
@@ -109,3 +120,68 @@ class TestOverlay:
 def test_sizes_and_shares():
     assert [panel_for(Image.new("L", size)) for size in ((64, 64), (300, 20), (4000, 3000))] == [192, 300, 384]
     assert mask_area(Image.fromarray(np.uint8([[255, 0], [0, 0]]))) == 0.25
+
+
+def plan_of(source: tuple, target: tuple, subject: range = range(0)) -> Plan:
+    layout = TokenLayout("", (0,) * 8, (None,) * 8, subject)
+    return Plan(layout, Words(labels=source), Words(labels=target))
+
+
+class TestHeatMaps:
+    @pytest.fixture
+    def maps(self) -> torch.Tensor:
+        """Column c of the source's prompt lies in row c, of the target's in column c."""
+        maps = torch.zeros(2, 8, 8, 8)
+        for at in range(8):
+            maps[0, at, at] = maps[1, at, :, at] = 1
+        return maps
+
+    @pytest.mark.parametrize(
+        ("plan", "expected"),
+        [
+            (plan_of((("cat", (1,)),), (("dog", (2,)),)), {"cat": (0, 1), "dog": (1, 2)}),
+            (plan_of((("dog", (1,)),), (("dog", (2, 3)),), range(2, 3)), {"dog": (0, 1), "dog (subject)": (1, 2)}),
+            (plan_of((("dog", (1,)),), (("dog", (2,)),)), {"dog": (0, 1), "dog (target)": (1, 2)}),
+            (plan_of((("cat", (5,)), ("cat", (1,))), ()), {"cat#1": (0, 5), "cat#0": (0, 1)}),
+            (plan_of((("cat", (1,)), ("cat", (1,))), ()), {"cat": (0, 1)}),
+            (
+                plan_of((("cat", (5,)), ("cat", (1,))), (("cat", (6,)),)),
+                {"cat#1": (0, 5), "cat#0": (0, 1), "cat (target)": (1, 6)},
+            ),
+        ],
+    )
+    def test_no_word_hides_another(self, maps, plan, expected):
+        found = heat_maps(maps, plan, (8, 8))
+        assert list(found) == list(expected)
+        for key, (prompt, column) in expected.items():
+            heat = np.asarray(found[key])
+            heat = heat if prompt == 0 else heat.T
+            assert heat[column].min() == 255, key
+
+    def test_the_sheet_lays_each_over_the_picture_it_is_of(self, maps, monkeypatch):
+        source, edited = (Image.new("RGB", (8, 8), shade) for shade in ("black", "white"))
+        seen = []
+        monkeypatch.setattr(viz, "overlay", lambda picture, heat: seen.append(picture) or picture)
+        captions = []
+        monkeypatch.setattr(viz, "contact_sheet", lambda rows, **_: captions.extend(text for text, _ in rows[0]))
+        swap = swap_subject("dog", Subject(source, "dog"))
+        for plan, spec in (
+            (plan_of((("dog", (1,)),), (("dog", (2,)),), range(2, 3)), swap),
+            (plan_of((("cat", (5,)), ("cat", (1,))), (("dog", (2,)),)),
+             replace(swap, blend=Blend(source_words=(("cat", 0), ("cat", 1))))),
+            (plan_of((("cat", (1,)),), (("bus", (2,)),)), EditSpec(prompt="a bus", swap="cat")),
+        ):  # fmt: skip
+            seen.clear()
+            found = heat_maps(maps, plan, (8, 8))
+            edit_sheet(EditResult(edited, None, found, source, torch.zeros(1), "", 0, spec), "")
+            assert seen == [source] * (len(found) - 1) + [edited]
+        assert "attention to “dog” in the source" in captions and "attention to “dog” in the result" in captions
+
+
+def test_a_mask_of_a_photo_grows_without_a_wait():
+    maps = torch.zeros(2, 2, 16, 16)
+    maps[0, 1, 8, 8] = maps[:, 0, 0, 0] = 1
+    target = Target(torch.zeros(1), Blend(rule="peak", grow=6), Words((1,), (0,)), Words())
+    mask = pixel_mask(target, maps, Frame((2400, 1600), (128, 64)), 150.0)
+    assert mask.shape == (1600, 2400) and set(np.unique(mask)) == {0, 1} and mask[:, 900:].any()
+    assert not pixel_mask(replace(target, blend=Blend(rule="peak")), maps, Frame((24, 16), (24, 16)), 1.0).all()

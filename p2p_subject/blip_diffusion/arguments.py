@@ -6,7 +6,7 @@ Each function returns what it has checked. Written to be used as `check.prompts(
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Generator, Tensor
 
 from p2p_subject.blip_diffusion.image_processor import is_batch
 from p2p_subject.errors import (
+    ArgumentError,
     ImageError,
     NonFiniteError,
-    P2PSubjectError,
     PromptError,
     StepsError,
     SubjectError,
@@ -24,6 +24,8 @@ from p2p_subject.errors import (
 
 __all__ = [
     "batch_of",
+    "callback",
+    "callback_latents",
     "count",
     "embeddings",
     "generators",
@@ -122,10 +124,10 @@ def guidance(scale: Any) -> float:
 
     Raises:
         NonFiniteError: it is NaN or infinite.
-        P2PSubjectError: it is no number.
+        ArgumentError: it is no number.
     """
     if not isinstance(scale, Real):
-        raise P2PSubjectError(f"guidance_scale is {scale!r}; expected a number, such as 7.5.")
+        raise ArgumentError(f"guidance_scale is {scale!r}; expected a number, such as 7.5.")
     if not math.isfinite(scale):
         raise NonFiniteError(f"guidance_scale is {scale}; expected a finite number, such as 7.5.")
     return scale
@@ -159,10 +161,10 @@ def count(value: Any, name: str) -> int:
     """Require a whole number of 1 or more.
 
     Raises:
-        PromptError: it is none.
+        ArgumentError: it is none.
     """
     if not _is_whole(value):
-        raise PromptError(f"{name} is {value!r}; expected a whole number of 1 or more.")
+        raise ArgumentError(f"{name} is {value!r}; expected a whole number of 1 or more.")
     return value
 
 
@@ -170,11 +172,40 @@ def one_of(value: Any, name: str, choices: Sequence[str]) -> str:
     """Require one of several words.
 
     Raises:
-        ImageError: it is none of them.
+        ArgumentError: it is none of them.
     """
     if value not in choices:
-        raise ImageError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+        raise ArgumentError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
     return value
+
+
+def callback(value: Any) -> Callable[..., Any] | None:
+    """Require something that can be called, or None.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if value is not None and not callable(value):
+        raise ArgumentError(
+            f"callback_on_step_end is {value!r}; expected a function of (pipeline, step, timestep, tensors)."
+        )
+    return value
+
+
+def callback_latents(returned: Any, latents: Tensor) -> Tensor:
+    """Return the latents that a callback gave back, or `latents` where it gave none.
+
+    Raises:
+        ArgumentError: it returned no dictionary, or latents of another shape.
+    """
+    given = {} if returned is None else returned
+    changed = given.get("latents", latents) if isinstance(given, Mapping) else None
+    if not isinstance(changed, Tensor) or changed.shape != latents.shape:
+        raise ArgumentError(
+            f"callback_on_step_end returned a {type(returned).__name__}; expected None or a dictionary whose "
+            f'"latents", if any, are a tensor of shape {tuple(latents.shape)}.'
+        )
+    return changed
 
 
 def embeddings(value: Any, number: int, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from p2p_subject.blip_diffusion import arguments as check
 from p2p_subject.blip_diffusion.image_processor import as_pictures
 from p2p_subject.blip_diffusion.modes import inference
-from p2p_subject.errors import PromptTooLongError
+from p2p_subject.tokens import layout
 
 if TYPE_CHECKING:
     from p2p_subject.blip_diffusion.image_processor import Picture
@@ -96,10 +96,12 @@ class EncodingMixin:
         ids = self.tokenizer(prompts, padding="max_length", max_length=room, truncation=truncate).input_ids
         for prompt, row in zip(prompts, ids, strict=True):
             if len(row) > room:
-                taken = f", {queries} are the subject's" if queries else ""
-                raise PromptTooLongError(
-                    f"the prompt {prompt!r} has {len(row)} tokens, start and end included; of the text "
-                    f"encoder's {room + queries} positions{taken} and {room} are left for it. Shorten the "
-                    "prompt."
+                # Raises, and names the words that do not fit.
+                layout(
+                    self.tokenizer,
+                    prompt,
+                    subject_queries=queries,
+                    subject_position=self.config.ctx_begin_pos,
+                    max_length=room + queries,
                 )
         return torch.tensor(ids)

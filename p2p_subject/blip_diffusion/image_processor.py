@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from p2p_subject.blip_diffusion.weights import read_json
-from p2p_subject.errors import ImageError, ModelError
+from p2p_subject.errors import ArgumentError, ImageError, ModelError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -143,10 +143,10 @@ class BlipImageProcessor:
             "pil": list of B RGB images.
 
         Raises:
-            ImageError: `output_type` is none of these.
+            ArgumentError: `output_type` is none of these.
         """
         if output_type not in {"pt", "np", "pil"}:
-            raise ImageError(f'output_type is {output_type!r}; expected "pil", "np" or "pt".')
+            raise ArgumentError(f'output_type is {output_type!r}; expected "pil", "np" or "pt".')
         samples = (samples / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return samples

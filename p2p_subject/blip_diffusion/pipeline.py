@@ -166,8 +166,9 @@ class BlipDiffusionPipeline(CheckpointMixin, EncodingMixin, DiffusionPipeline):
             `ImagePipelineOutput` whose `images` hold B * num_images_per_prompt pictures.
 
         Raises:
-            PromptError, PromptTooLongError, SubjectError, ImageError, StepsError, NonFiniteError: an argument
-                cannot be used; raised before a network runs.
+            PromptError, PromptTooLongError, SubjectError, ImageError, StepsError, NonFiniteError,
+                ArgumentError: an argument cannot be used; raised before a network runs.
+            ArgumentError: the callback returned something else than it may.
             NonFiniteError: NaN or infinity appeared in the latents.
         """
         rows = check.rows(
@@ -185,6 +186,7 @@ class BlipDiffusionPipeline(CheckpointMixin, EncodingMixin, DiffusionPipeline):
         targets = check.subjects(rows["target_subject_category"], "target_subject_category")
         check.guidance(guidance_scale)
         check.steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        check.callback(callback_on_step_end)
         check.one_of(output_type, "output_type", ("pil", "np", "pt", "latent"))
         number = len(prompts) * check.count(num_images_per_prompt, "num_images_per_prompt")
         queries = self._queries(len(prompts), subject_embeddings, reference_image, source_subject_category)
@@ -265,7 +267,8 @@ class BlipDiffusionPipeline(CheckpointMixin, EncodingMixin, DiffusionPipeline):
                 noise = plain + guidance_scale * (subject - plain)
             latents = scheduler.step(noise, timestep, latents, **random).prev_sample
             if callback is not None:
-                latents = (callback(self, step, timestep, {"latents": latents}) or {}).get("latents", latents)
+                returned = callback(self, step, timestep, {"latents": latents})
+                latents = check.callback_latents(returned, latents)
         if not latents.isfinite().all():
             raise NonFiniteError(
                 f"NaN or infinity appeared in the latents in {dtype}; load the model with "
