@@ -14,5 +14,5 @@ test: .venv/ready
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[test,benchmarks]'
+	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
