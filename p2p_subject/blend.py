@@ -36,6 +36,11 @@ def peak(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor:
     return _over_maximum(F.max_pool2d(summed[None, None], 3, 1, 1)[0, 0])
 
 
+def heat(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor:
+    """The words' map over its maximum, as it is: what a heat map shows."""
+    return _over_maximum(maps[list(columns)].sum(0))
+
+
 def share(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor:
     """The words' share among the content words at each pixel, over its maximum.
 
@@ -48,7 +53,7 @@ def share(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor
     return _over_maximum(mine / total.clamp_min(torch.finfo(maps.dtype).tiny))
 
 
-RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.5)}
+RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.5), "heat": (heat, 0.3)}
 """Rules by name, with the threshold that is theirs by default."""
 
 

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--cross-replace", type=_window, metavar="F", help="share of steps in the source's layout (default 0.8)")
     edit.add_argument("--self-replace", type=_window, metavar="F", help="same, of its shapes; or START,STOP (default 0.4)")
     edit.add_argument("--threshold", type=float, metavar="F", help="0 to 1, higher: a smaller mask (default: the rule's)")
-    edit.add_argument("--rule", choices=("share", "peak"), help="how attention becomes a mask (default share)")
+    edit.add_argument("--rule", choices=("share", "peak", "heat"), help="how attention becomes a mask (default share)")
     edit.add_argument("--no-paste", dest="paste", action="store_false", help="do not restore the pixels outside the mask")
     edit.add_argument("--save-source", metavar="FILE", help="keep the inverted picture (.safetensors) as SOURCE of later edits")
     _common_arguments(edit)
@@ -67,7 +67,9 @@ def parser() -> argparse.ArgumentParser:
     heatmap = command("heatmap", "show where the attention to words of a prompt lies in a picture")
     _source_arguments(heatmap)
     heatmap.add_argument("--words", nargs="+", required=True, type=_word, metavar="WORD", help="of the prompt, a panel each")
-    heatmap.add_argument("--rule", choices=("share", "peak"), help="the word's share at each pixel, or its map (default peak)")
+    heatmap.add_argument(
+        "--rule", choices=("heat", "share", "peak"), help="the word's map, its share at each pixel, or the map pooled (default heat)"
+    )
     heatmap.add_argument("--out", required=True, metavar="FILE", help="the panels on one sheet")
     _common_arguments(heatmap)
 

@@ -137,7 +137,7 @@ class Editor:
             )
         return Source(trajectory, picture, frame, maps.mean()[0].cpu())
 
-    def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "peak") -> list[np.ndarray]:
+    def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "heat") -> list[np.ndarray]:
         """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
         source.trajectory.require_model(self.model.fingerprint)
         layout = self.model.layout(source.prompt, subject=source.subject is not None)

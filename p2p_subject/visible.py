@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from p2p_subject.blend import RULES, binary_mask, region
+from p2p_subject.blend import binary_mask, heat, region
 from p2p_subject.images import INSIDE, Frame
 from p2p_subject.outputs import dilate
 from p2p_subject.prompts import Columns, Plan
@@ -47,14 +47,13 @@ def heat_maps(maps: Tensor, plan: Plan, size: tuple[int, int]) -> dict[str, Imag
     The key is the word. Several places of one word in one prompt are "cat#0", "cat#1" in reading order. A word that is edited
     in both prompts is the source's; the target's is "dog (subject)" where it is the inserted subject, else "dog (target)".
     """
-    rule, _ = RULES["peak"]
     width, height = size
     keyed = [(key, maps[0], columns) for key, columns in _distinct(plan.source_words.labels)]
     taken = {word for word, _ in plan.source_words.labels}
     for key, columns in _distinct(plan.target_words.labels):
         suffix = SUBJECT if set(plan.layout.subject) & set(columns) else TARGET
         keyed.append((key + suffix if _NUMBER.sub("", key) in taken else key, maps[1], columns))
-    return {key: to_gray(region(own, columns, (), rule, (height, width)).numpy()) for key, own, columns in keyed}
+    return {key: to_gray(region(own, columns, (), heat, (height, width)).numpy()) for key, own, columns in keyed}
 
 
 def _distinct(labels: tuple[tuple[str, Columns], ...]) -> Iterator[tuple[str, Columns]]:

@@ -84,7 +84,7 @@ def test_blend_selects_and_is_exact(seed: int, height: int, width: int) -> None:
 
 
 def test_an_unknown_rule_lists_the_known_ones() -> None:
-    with pytest.raises(EditSpecError, match=r"Did you mean 'share'.*\['peak', 'share'\]"):
+    with pytest.raises(EditSpecError, match=r"Did you mean 'share'.*\['heat', 'peak', 'share'\]"):
         rule_of("shar")
 
 
