@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     _source_arguments(heatmap)
     heatmap.add_argument("--words", nargs="+", required=True, type=_word, metavar="WORD", help="of the prompt, a panel each")
     heatmap.add_argument(
-        "--rule", choices=("heat", "share", "peak"), help="the word's map, its share at each pixel, or the map pooled (default heat)"
+        "--rule",
+        choices=("heat", "share", "peak"),
+        help="the word's map, its share at each pixel, or its pooled map (default heat)",
     )
     heatmap.add_argument("--out", required=True, metavar="FILE", help="the panels on one sheet")
     _common_arguments(heatmap)
