@@ -204,6 +204,9 @@ def load_editor(arguments: Namespace) -> Editor:
     name, available = arguments.device, devices()
     if name is not None and name not in available and f"{name}:0" not in available:
         raise ModelError(f"--device {name!r} is not here; available: {', '.join(available)}")
+    if arguments.model is None:
+        # The miniature's layers are too small to share among threads: where a core is busy, waiting for it takes minutes.
+        torch.set_num_threads(1)
     return Editor.from_pretrained(
         arguments.model, dtype=getattr(torch, arguments.dtype), device=available[0] if name is None else name
     )

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# The tests' networks are tiny: threads would only wait for each other, for minutes where a core is busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _TESTS = Path(__file__).resolve().parent
 
 
