@@ -281,8 +281,8 @@ def swap_subject(word: Word, subject: Subject, **changes: Any) -> EditSpec:
     """The edit that puts `subject` where `word` of the source prompt is; `changes` are other fields of `EditSpec`.
 
     `cross_replace` is 0.2 here, not the 0.8 of the published subject swap: cross-attention that follows the old object
-    longer keeps its shape under the new look (50 validation swaps: the right subject in .68 of them, .60 at 0.4; 14 of them: .50
-    at 0.8, .79 at 0.2 and 0.4).
+    longer keeps its shape under the new look (validation: the right subject in .68 of 50 swaps, .60 at 0.4; in .79 of 14
+    swaps at 0.2 and at 0.4, .50 at 0.8).
     """
     if not isinstance(subject, Subject):
         raise SubjectError(f"subject={subject!r}; expected Subject(picture, category)")
