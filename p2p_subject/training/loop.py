@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +22,8 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from p2p_subject.outputs import atomic_path
 
 Batch = dict[str, Tensor]
 Batches = Callable[[int, int, int], Batch]
@@ -156,12 +157,6 @@ def _log(out: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _replace_with(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def _checkpoint(out: Path, step: int, module: nn.Module, optimizer, average: dict[str, Tensor]) -> None:
     """Weights, average and moments of one step in one file, so that a kill never leaves parts of two steps."""
     state: dict[str, Tensor] = {"step": torch.tensor(step)}
@@ -170,8 +165,10 @@ def _checkpoint(out: Path, step: int, module: nn.Module, optimizer, average: dic
     for index, moments in optimizer.state_dict()["state"].items():
         state |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in moments.items()}
     # The averaged weights first: a kill in between costs steps that are run again, never a stale average at the end.
-    _replace_with(out / "ema.safetensors", lambda path: save_file({k: v.contiguous() for k, v in average.items()}, path))
-    _replace_with(out / "checkpoint.safetensors", lambda path: save_file(state, path))
+    with atomic_path(out / "ema.safetensors") as path:
+        save_file({k: v.contiguous() for k, v in average.items()}, path)
+    with atomic_path(out / "checkpoint.safetensors") as path:
+        save_file(state, path)
 
 
 def _resume(out: Path, module: nn.Module, optimizer, average: dict[str, Tensor]) -> int:
