@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from PIL import Image
@@ -45,17 +46,20 @@ class Cost:
     peak: int
 
 
-def environment(model: str | None) -> dict[str, object]:
-    """Versions, machine, fingerprint and guidance scale of the model, for the record."""
-    loaded = Model.load(model)
+def machine() -> dict[str, object]:
+    """Versions and machine, for the record."""
     packages = ("torch", "diffusers", "transformers", "numpy")
     return {
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "fingerprint": loaded.fingerprint,
-        "guidance_scale": loaded.guidance_scale,
     }
+
+
+def environment(model: str | None) -> dict[str, object]:
+    """Versions, machine, fingerprint and guidance scale of the model, for the record."""
+    loaded = Model.load(model)
+    return machine() | {"fingerprint": loaded.fingerprint, "guidance_scale": loaded.guidance_scale}
 
 
 def jobs(editor: Editor, steps: int) -> dict[str, Callable[[], float]]:
@@ -82,7 +86,8 @@ def jobs(editor: Editor, steps: int) -> dict[str, Callable[[], float]]:
     }
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -94,10 +99,10 @@ def timed(editor: Editor, steps: int, repeats: int) -> dict[str, tuple[float, fl
     rows = {name: job() for name, job in work.items()}  # the first round warms up and is not timed
     for _ in range(repeats):
         for name, job in work.items():
-            _synchronise(device)
+            synchronise(device)
             began = time.perf_counter()
             job()
-            _synchronise(device)
+            synchronise(device)
             seconds[name].append(time.perf_counter() - began)
     return {name: (median(seconds[name]), rows[name]) for name in JOBS}
 
@@ -111,6 +116,12 @@ def resident_peak() -> int:
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns in a new process that nothing has run in before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_on_cpu(model: str | None, name: str, steps: int, threads: int) -> int:
@@ -143,9 +154,7 @@ def measure(model: str | None, device: str | None, steps: int, repeats: int, thr
     if editor.model.device.type == "cuda":
         peaks = {name: peak_on_gpu(editor, name, steps) for name in JOBS}
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-            peaks = {name: pool.submit(peak_on_cpu, model, name, steps, threads).result() for name in JOBS}
+        peaks = {name: in_fresh_process(peak_on_cpu, model, name, steps, threads) for name in JOBS}
     return [Cost(name, *times[name], peaks[name]) for name in JOBS]
 
 

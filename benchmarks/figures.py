@@ -28,13 +28,13 @@ from tqdm import tqdm
 from benchmarks.cost import environment
 from benchmarks.judge import Judge, right_category, right_look, scene_batch
 from benchmarks.metrics import iou, psnr, results
-from inversion import walk
 from p2p_subject.blend import RULES, binary_mask, competitors, region
-from p2p_subject.editor import Editor, EditResult
+from p2p_subject.editor import Editor
 from p2p_subject.edits import Blend, Subject, swap_subject
 from p2p_subject.outputs import atomic_write, feather, save_image
-from p2p_subject.sampling import guided, threshold_of
+from p2p_subject.results import EditResult
 from p2p_subject.training import world
+from p2p_subject.training.grids import sample_batch
 from p2p_subject.viz import contact_sheet
 
 Row = dict[str, Any]
@@ -69,14 +69,9 @@ class Bench:
 
     def generate(self, prompts: Sequence[str], subjects: Sequence[Subject | None], indices: Sequence[int]) -> list[Image.Image]:
         """Pictures of prompts, each from the noise of its own seed, in one batch."""
-        model, config = self.editor.model, self.editor.model.unet.config
-        layouts = [model.layout(prompt, subject=subject is not None) for prompt, subject in zip(prompts, subjects)]
-        contexts = [model.encode(words, subject and model.embed(subject)) for words, subject in zip(layouts, subjects)]
-        shape = (1, config.in_channels, config.sample_size, config.sample_size)
-        seeds = [torch.Generator().manual_seed(self.settings.seed + index) for index in indices]
-        noise = torch.cat([torch.randn(shape, generator=seed) for seed in seeds]).to(model.device)
-        predict = guided(model.noise, model.encode(model.layout("")), torch.cat(contexts), self.guidance)
-        return model.decode(walk(predict, noise, model.schedule(self.settings.steps).sampling()))
+        model, settings = self.editor.model, self.settings
+        embedded = [subject and model.embed(subject) for subject in subjects]
+        return sample_batch(model, prompts, embedded, [settings.seed + i for i in indices], settings.steps, self.guidance)
 
     def judged(
         self, images: Sequence, looks: Sequence[world.Look], specs: Sequence[world.SceneSpec], prefix: str = ""
@@ -139,9 +134,9 @@ def masks(bench: Bench, indices: Sequence[int], split: str, twin: bool = False) 
         words = editor.model.layout(prompt)
         columns = words.columns(spec.look.category)
         others, size = competitors(words, columns), scene.mask.shape
-        scores = {name: region(attention, columns, others, rule, size) for name, (rule, _) in RULES.items()}
+        scores = {name: region(attention, columns, others, rule, size) for name, rule in RULES.items()}
         grow = round(Blend().grow * editor.model.scale_factor)
-        default = binary_mask([scores[Blend().rule]], threshold_of(Blend()), grow).numpy() > 0.5
+        default = binary_mask([scores[Blend().rule]], RULES[Blend().rule].threshold, grow).numpy() > 0.5
         each = {name: {f"{t:g}": iou(score.numpy() > t, scene.mask) for t in THRESHOLDS} for name, score in scores.items()}
         panels = [(prompt, scene.picture), ("mask", Image.fromarray(default)), ("true mask", Image.fromarray(scene.mask))]
         rows.append({"iou": iou(default, scene.mask), **each, "panels": panels})

@@ -10,9 +10,10 @@ from torch import Tensor
 from inversion.errors import TrajectoryError
 from inversion.schedule import Move, Schedule
 from inversion.trajectory import Trajectory
-from inversion.walk import Predict, walk
+from inversion.walk import Predict, trace
 
 
+@torch.no_grad()
 def ddim(
     predict: Predict,
     latents: Tensor,
@@ -24,15 +25,15 @@ def ddim(
 ) -> Trajectory:
     """Carry clean `latents` (1, C, h, w) to noise and keep every step.
 
-    `predict` should run without guidance (scale 1): guidance amplifies the error of every step.
+    `predict` should run without guidance (scale 1): guidance amplifies the error of every step. Edits generate the source again
+    from its noise (`replay`), as first published, and it drifts with their guidance; `direct` reads it from the trajectory.
     """
+    require_one(latents)
+    path = trace(predict, latents.float(), progress(schedule.inverting()))
+    return Trajectory(torch.cat(path), schedule, prompt, "ddim", fingerprint=fingerprint, replay=True)
+
+
+def require_one(latents: Tensor) -> None:
+    """Raise `TrajectoryError` unless these are the latents of one picture."""
     if latents.ndim != 4 or len(latents) != 1:
         raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected those of one picture, (1, C, h, w)")
-    kept = [latents.float()]
-
-    def keep(x: Tensor, move: Move) -> Tensor:
-        kept.append(x)
-        return x
-
-    walk(predict, kept[0], progress(schedule.inverting()), keep)
-    return Trajectory(torch.cat(kept), schedule, prompt, "ddim", fingerprint=fingerprint)

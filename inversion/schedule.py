@@ -70,10 +70,20 @@ class Schedule:
         return tuple(Move(m.index, m.t, m.alpha_to, m.alpha_from) for m in reversed(self.sampling()))
 
 
-def ddim_move(x: Tensor, eps: Tensor, a: float, b: float) -> Tensor:
-    """Move latents `x` of cumulative alpha `a` to cumulative alpha `b` along the predicted noise `eps`, deterministically."""
+def ddim_move(x: Tensor, eps: Tensor, a: float, b: float, noise: Tensor | None = None) -> Tensor:
+    """Move latents `x` of cumulative alpha `a` to cumulative alpha `b` along the predicted noise `eps` (eq. 12).
+
+    Deterministic; with standard `noise`, of the shape of `x`, the stochastic move of DDPM towards the picture (eta = 1).
+    """
+    sigma = 0.0 if noise is None else ddpm_sigma(a, b)
     clean = (x - (1 - a) ** 0.5 * eps) / a**0.5
-    return b**0.5 * clean + (1 - b) ** 0.5 * eps
+    moved = b**0.5 * clean + (1 - b - sigma**2) ** 0.5 * eps
+    return moved if noise is None else moved + sigma * noise
+
+
+def ddpm_sigma(a: float, b: float) -> float:
+    """Standard deviation of the noise that DDPM adds in a move from cumulative alpha `a` to a cleaner `b` (eq. 16, eta = 1)."""
+    return ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
 
 
 def to_epsilon(output: Tensor, x: Tensor, alpha: float, prediction_type: str) -> Tensor:

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from inversion.errors import ModelMismatchError, OutputError, TrajectoryError
+from inversion.guidance import require_quantile
 from inversion.schedule import Schedule
 from inversion.walk import require_finite
 
 FORMAT = "p2p_subject.trajectory/1"
+VALUES = ("prompt", "method", "guidance_scale", "fingerprint", "proximal", "replay")
+TENSORS = ("latents", "null_embeddings", "noises")
 
 
 # Compared by identity: tensors have no single truth value to compare by.
@@ -25,7 +28,9 @@ class Trajectory:
 
     `latents` (N + 1, C, h, w) float32, clean first: `latents[N]` is the noise, `latents[0]` the picture. `prompt` is the text
     it was made with, `method` how it was made, `guidance_scale` the scale it was made at, `fingerprint` names the model.
-    `null_embeddings` (N, L, D), if any, are the unconditional contexts of the steps, noise first.
+    `null_embeddings` (N, L, D), if any, are the unconditional contexts of the steps, noise first; (1, L, D) the same one for
+    every step. `noises` (N, C, h, w), if any, are the noise maps of DDPM steps, noise first. `proximal` is the quantile of
+    proximal guidance. `replay`: edits generate the source again from its noise instead of reading the latents here.
     """
 
     latents: Tensor
@@ -35,6 +40,9 @@ class Trajectory:
     guidance_scale: float = 1.0
     fingerprint: str = ""
     null_embeddings: Tensor | None = None
+    noises: Tensor | None = None
+    proximal: float | None = None
+    replay: bool = False
 
     def __post_init__(self) -> None:
         expected = self.schedule.steps + 1
@@ -43,11 +51,21 @@ class Trajectory:
                 f"latents of shape {tuple(self.latents.shape)}; a schedule of {self.schedule.steps} steps needs "
                 f"({expected}, C, h, w)"
             )
-        if self.null_embeddings is not None and len(self.null_embeddings) != self.schedule.steps:
+        null = self.null_embeddings
+        if null is not None and (null.ndim != 3 or len(null) not in (1, self.schedule.steps)):
             raise TrajectoryError(
-                f"{len(self.null_embeddings)} null embeddings for {self.schedule.steps} steps; expected one for each"
+                f"null embeddings of shape {tuple(null.shape)} for {self.schedule.steps} steps; expected (N, L, D), one for "
+                "each, or (1, L, D)"
             )
-        require_finite(self.latents, "trajectory")
+        if self.noises is not None and self.noises.shape != self.latents[1:].shape:
+            raise TrajectoryError(
+                f"noise maps of shape {tuple(self.noises.shape)}; expected one for each step, {tuple(self.latents[1:].shape)}"
+            )
+        if self.proximal is not None:
+            require_quantile(self.proximal)
+        for name, tensor in self.tensors().items():
+            if tensor is not None:
+                require_finite(tensor, f"{name} of the trajectory")
 
     @property
     def noise(self) -> Tensor:
@@ -68,6 +86,13 @@ class Trajectory:
         """Latents at the end of sampling step `index`, (1, C, h, w)."""
         return self.before(index + 1)
 
+    def unconditional(self, index: int) -> Tensor | None:
+        """The unconditional context of sampling step `index`, (1, L, D), if the inversion sets one."""
+        if self.null_embeddings is None:
+            return None
+        position = index if len(self.null_embeddings) > 1 else 0
+        return self.null_embeddings[position : position + 1]
+
     def require_model(self, fingerprint: str) -> None:
         """Raise `ModelMismatchError` unless this trajectory was made by the model with `fingerprint`."""
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
@@ -83,11 +108,11 @@ class Trajectory:
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The fields that are tensors, by name."""
-        return {"latents": self.latents, "null_embeddings": self.null_embeddings}
+        return {name: getattr(self, name) for name in TENSORS}
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata as a safetensors file holds them; `unpack` is the inverse."""
-        values = {name: getattr(self, name) for name in ("prompt", "method", "guidance_scale", "fingerprint")}
+        values = {name: getattr(self, name) for name in VALUES}
         values["schedule"] = asdict(self.schedule)
         tensors = {key: value.cpu().contiguous() for key, value in self.tensors().items() if value is not None}
         return tensors, {"format": FORMAT, "trajectory": json.dumps(values)}
@@ -99,13 +124,14 @@ class Trajectory:
             raise TrajectoryError(
                 f"{name}: format {metadata.get('format')!r}, expected {FORMAT!r}; this is not a saved trajectory"
             )
-        own = {key: tensors[key] for key in ("latents", "null_embeddings") if key in tensors}
+        own = {key: tensors[key] for key in TENSORS if key in tensors}
         try:
             values = json.loads(metadata["trajectory"])
             for key in ("prompt", "method", "fingerprint"):
                 if not isinstance(values[key], str):
                     raise TypeError(f"{key} is {values[key]!r}, expected a text")
             values["guidance_scale"] = float(values["guidance_scale"])
+            values["replay"] = bool(values["replay"])
             schedule = values.pop("schedule")
             schedule |= {"timesteps": tuple(schedule["timesteps"]), "alphas": tuple(schedule["alphas"])}
             return cls(schedule=Schedule(**schedule), **values, **own)

@@ -17,8 +17,16 @@ After = Callable[[Tensor, Move], Tensor]
 """`after(latents, move) -> latents`: what happens to the latents of a step before the next one."""
 
 
-def walk(predict: Predict, latents: Tensor, moves: Iterable[Move], after: After | None = None) -> Tensor:
+def walk(
+    predict: Predict,
+    latents: Tensor,
+    moves: Iterable[Move],
+    after: After | None = None,
+    noises: Tensor | None = None,
+) -> Tensor:
     """Follow `moves` from `latents` (B, C, h, w) and return where they end, in the dtype of `latents`.
+
+    `noises` (N, C, h, w), one for each sampling step from the noise on, makes the moves those of DDPM.
 
     Raises `NonFiniteError` at the first step whose prediction holds NaN or infinity, and names its timestep: further on, a
     blend could replace such values by the source's and hide them.
@@ -26,10 +34,23 @@ def walk(predict: Predict, latents: Tensor, moves: Iterable[Move], after: After 
     require_finite(latents, "latents")
     for move in moves:
         noise = require_finite(predict(latents, move), f"prediction at timestep {move.t}")
-        latents = ddim_move(latents, noise, move.alpha_from, move.alpha_to)
+        added = None if noises is None else noises[move.index]
+        latents = ddim_move(latents, noise, move.alpha_from, move.alpha_to, added)
         if after is not None:
             latents = after(latents, move)
     return latents
+
+
+def trace(predict: Predict, latents: Tensor, moves: Iterable[Move], noises: Tensor | None = None) -> list[Tensor]:
+    """Walk and keep what is passed: the latents (B, C, h, w) before the first move and after each."""
+    kept = [latents]
+
+    def keep(x: Tensor, move: Move) -> Tensor:
+        kept.append(x)
+        return x
+
+    walk(predict, latents, moves, keep, noises)
+    return kept
 
 
 def require_finite(tensor: Tensor, what: str) -> Tensor:

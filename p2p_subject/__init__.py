@@ -15,12 +15,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "Blend": "edits",
     "BlipDiffusionPipeline": "blip_diffusion",
-    "EditResult": "editor",
+    "EditResult": "results",
     "EditSpec": "edits",
     "Editor": "editor",
     "P2PSubjectError": "errors",
     "Source": "source",
-    "Subject": "edits",
+    "Subject": "subject",
+    "combine": "edits",
+    "refine": "edits",
+    "replace": "edits",
+    "reweight": "edits",
     "swap_subject": "edits",
 }
 

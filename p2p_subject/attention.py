@@ -9,20 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from p2p_subject.controller import MapSink, StepControl
+from p2p_subject.controller import StepControl
 from p2p_subject.errors import HookError
 
 PLAIN = (AttnProcessor, AttnProcessor2_0)
 
 
 class ControlledAttention:
-    """Attention of one layer under a `StepControl` (B rows, H heads, Q pixels, S source and T target tokens)."""
+    """Attention of the layer named `layer` under a `StepControl` (B rows, H heads, Q pixels, S source and T target tokens)."""
+
+    def __init__(self, layer: str) -> None:
+        self.layer = layer
 
     def __call__(
         self,
@@ -50,81 +54,114 @@ class ControlledAttention:
         )  # (B, H, Q or S, d)
         if control is None:
             out = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
-        elif cross:
-            if control.sink is not None and query.shape[2] == control.sink.pixels:
-                control.sink.maps.append(_maps(query, key, attn.scale, control, control.sink))
-            out = _cross(query, key, value, attn.scale, control)
         else:
-            out = _own(query, key, value, attn.scale, control)
+            out = self._controlled(query, key, value, attn.scale, control, cross)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))
         if attn.residual_connection:
             out = out + hidden_states
         return out / attn.rescale_output_factor
 
+    def _controlled(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl, cross: bool
+    ) -> Tensor:
+        trace, sink = control.trace, control.sink
+        if trace is not None and (cross or query.shape[2] <= trace.self_pixels):
+            trace.taken[self.layer] = query, key
+        # What the targets follow: (1, H, Q, d) and (1, H, Q or S, d).
+        source = (query[:1], key[:1]) if control.recorded is None else control.recorded.get(self.layer, (None, None))
+        if not cross:
+            return _own(query, key, value, scale, control, *source)
+        if sink is not None and query.shape[2] == sink.pixels:
+            sink.maps.append(_maps(query, key, scale, control, *source))
+        return _cross(query, key, value, scale, control, *source)
 
-def _own(query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl) -> Tensor:
-    """Self-attention; where it follows the source, target rows use the source row's queries and keys."""
-    rows = list(range(len(query)))
-    for target, source, pixels in zip(control.targets, control.sources, control.self_pixels):
-        if query.shape[2] <= pixels:
-            rows[target] = source
-    if rows != list(range(len(query))):
-        query, key = query[rows], key[rows]
+
+def _own(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl, source_query: Tensor, source_key: Tensor
+) -> Tensor:
+    """Self-attention; where it follows the source, target rows use the source's queries and keys."""
+    first = control.rows - len(control.self_pixels)
+    follow = [first + k for k, pixels in enumerate(control.self_pixels) if query.shape[2] <= pixels]
+    if follow:
+        query, key = query.clone(), key.clone()
+        query[follow], key[follow] = source_query, source_key
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def _cross(query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl) -> Tensor:
+def _cross(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl, source_query: Tensor, source_key: Tensor
+) -> Tensor:
     """Cross-attention; the edited rows are A (from_source V) + B (from_target V), two fused calls."""
     if control.from_source is None:
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
-    sources, targets = list(control.sources), list(control.targets)
-    values = value[targets]  # (K, H, T, d)
+    count = len(control.from_source)
+    first = len(value) - count
+    values = value[first:]  # (K, H, T, d)
     borrowed = control.from_source.to(values.dtype)[:, None] @ values  # (K, H, S, d)
     value = value.clone()
-    value[targets] = values * control.from_target.to(values.dtype)[:, None, :, None]
+    value[first:] = values * control.from_target.to(values.dtype)[:, None, :, None]
     out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    followed = F.scaled_dot_product_attention(query[sources], key[sources], borrowed, scale=scale)
-    out[targets] = out[targets] + followed
+    followed = F.scaled_dot_product_attention(
+        source_query.expand(count, -1, -1, -1), source_key.expand(count, -1, -1, -1), borrowed, scale=scale
+    )
+    out[first:] += followed
     return out
 
 
-def _maps(query: Tensor, key: Tensor, scale: float, control: StepControl, sink: MapSink) -> Tensor:
-    """Edited maps of the rows of `sink`, averaged over heads, (rows, Q, T) float32."""
+def _maps(
+    query: Tensor, key: Tensor, scale: float, control: StepControl, source_query: Tensor, source_key: Tensor
+) -> Tensor:
+    """Edited maps of the rows of the control's sink, averaged over heads, (rows, Q, T) float32."""
 
-    def probabilities(rows: list[int]) -> Tensor:
-        scores = query[rows].float() @ key[rows].float().transpose(-1, -2) * scale
-        return scores.softmax(-1).mean(1)
+    def probabilities(query: Tensor, key: Tensor) -> Tensor:
+        return (query.float() @ key.float().transpose(-1, -2) * scale).softmax(-1).mean(1)
 
-    maps = probabilities(list(sink.rows))
+    rows = list(control.sink.rows)
+    maps = probabilities(query[rows], key[rows])
     if control.from_source is None:
         return maps
-    for k, (source, target) in enumerate(zip(control.sources, control.targets)):
-        if target in sink.rows:
-            at = sink.rows.index(target)
-            followed = probabilities([source])[0] @ control.from_source[k].to(maps.dtype)
-            maps[at] = followed + maps[at] * control.from_target[k].to(maps.dtype)
+    first = control.rows - len(control.from_source)
+    edited = [at for at, row in enumerate(rows) if row >= first]
+    which = [rows[at] - first for at in edited]
+    followed = probabilities(source_query, source_key)  # (1, Q, S)
+    maps[edited] = followed @ control.from_source[which].to(maps.dtype) + (
+        maps[edited] * control.from_target[which, None].to(maps.dtype)
+    )
     return maps
 
 
-@contextmanager
-def controlled_attention(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Install `ControlledAttention` in every transformer block of `unet` and restore what was there, whatever happens.
+@cache
+def _processor(layer: str) -> ControlledAttention:
+    # One for ever: a compiled U-Net would be compiled anew for processors it has not met.
+    return ControlledAttention(layer)
 
-    Raises `HookError` if a layer carries a processor that is not diffusers' plain one (an IP-Adapter, say), which would be
-    silently dropped, or if nothing could be hooked.
+
+def require_plain(unet: UNet2DConditionModel) -> None:
+    """Raise `HookError` unless attention control can stand in for every attention processor of `unet`.
+
+    A processor that is not diffusers' plain one (an IP-Adapter's, say) would be silently dropped; without cross-attention there
+    is nothing to control.
     """
-    before = dict(unet.attn_processors)
-    foreign = {name: type(p).__name__ for name, p in before.items() if type(p) not in PLAIN}
+    foreign = {name: type(p).__name__ for name, p in unet.attn_processors.items() if type(p) not in PLAIN}
     if foreign:
         name, kind = next(iter(foreign.items()))
         raise HookError(
             f"{len(foreign)} attention layers carry {kind} (first: {name}); control would drop it. Unload the adapter, or call "
             "unet.set_default_attn_processor()"
         )
-    if not any(".attn2." in name for name in before):
+    if not any(".attn2." in name for name in unet.attn_processors):
         raise HookError("this network has no cross-attention layers (attn2), so there is nothing to control")
-    processor = ControlledAttention()
-    unet.set_attn_processor(dict.fromkeys(before, processor))
+
+
+@contextmanager
+def controlled_attention(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Install `ControlledAttention` in every transformer block of `unet` and restore what was there, whatever happens.
+
+    Raises `HookError` where `require_plain` does.
+    """
+    require_plain(unet)
+    before = dict(unet.attn_processors)
+    unet.set_attn_processor({name: _processor(name.removesuffix(".processor")) for name in before})
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ attention at all. `columns` are those of the edited words, `others` those of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -53,16 +54,31 @@ def share(maps: Tensor, columns: Sequence[int], others: Sequence[int]) -> Tensor
     return _over_maximum(mine / total.clamp_min(torch.finfo(maps.dtype).tiny))
 
 
-RULES: dict[str, tuple[Rule, float]] = {"peak": (peak, 0.3), "share": (share, 0.6), "heat": (heat, 0.3)}
-"""Rules by name, with the threshold that is theirs by default.
+@dataclass(frozen=True)
+class MaskRule:
+    """How a mask is read from maps: the `score`, the `threshold` that is its own, how scores are enlarged (`mode` of
+    `torch.nn.functional.interpolate`), and the score of words whose region is taken out (None: the same)."""
 
-That of "share" was chosen on validation scenes of the miniature world, with a model trained without attention supervision, for
-the source's region and for the union with the new subject's together.
+    score: Rule
+    threshold: float
+    mode: str = "bilinear"
+    subtracted: Rule | None = None
+
+
+RULES = {
+    "peak": MaskRule(peak, 0.3, "nearest", heat),
+    "share": MaskRule(share, 0.6),
+    "heat": MaskRule(heat, 0.3),
+}
+"""Rules by name.
+
+The threshold of "share" was chosen on validation scenes of the miniature world, with a model trained without attention
+supervision, for the source's region and for the union with the new subject's together.
 """
 
 
-def rule_of(name: str) -> tuple[Rule, float]:
-    """Look up a rule and its threshold; `EditSpecError` lists the names for an unknown one."""
+def rule_of(name: str) -> MaskRule:
+    """Look up a rule; `EditSpecError` lists the names for an unknown one."""
     if name not in RULES:
         raise EditSpecError(f"mask rule {name!r};{did_you_mean(name, RULES)} expected one of {sorted(RULES)}")
     return RULES[name]
@@ -80,16 +96,32 @@ def competitors(layout: TokenLayout, columns: Iterable[int]) -> tuple[int, ...]:
     return tuple(others or range(layout.end, layout.length))
 
 
-def region(maps: Tensor, columns: Sequence[int], others: Sequence[int], rule: Rule, size: tuple[int, int]) -> Tensor:
+def region(maps: Tensor, columns: Sequence[int], others: Sequence[int], rule: MaskRule, size: tuple[int, int]) -> Tensor:
     """Score of the edited words at every pixel of `size` (H, W), from maps (T, h, w); float32 in [0, 1]."""
-    score = rule(maps.float(), columns, others)
-    mode = "bilinear" if tuple(size) != tuple(score.shape) else "nearest"
-    return F.interpolate(score[None, None], size, mode=mode, **({"align_corners": False} if mode == "bilinear" else {}))[0, 0]
+    return _enlarged(rule.score(maps.float(), columns, others), rule.mode, size)
 
 
-def binary_mask(scores: Iterable[Tensor], threshold: float, grow: int = 0) -> Tensor:
-    """Union of the regions whose scores (H, W) exceed `threshold`, dilated by `grow` pixels; float32 of 0 and 1."""
-    mask = torch.stack([score > threshold for score in scores]).any(0).float()
+def subtracted_region(
+    maps: Tensor, columns: Sequence[int], others: Sequence[int], rule: MaskRule, size: tuple[int, int]
+) -> Tensor:
+    """The same for words whose region is taken out of the mask."""
+    return _enlarged((rule.subtracted or rule.score)(maps.float(), columns, others), rule.mode, size)
+
+
+def _enlarged(score: Tensor, mode: str, size: tuple[int, int]) -> Tensor:
+    if tuple(size) == tuple(score.shape):
+        return score
+    options = {"align_corners": False} if mode == "bilinear" else {}
+    return F.interpolate(score[None, None], size, mode=mode, **options)[0, 0]
+
+
+def binary_mask(scores: Iterable[Tensor], threshold: float, grow: int = 0, subtract: Iterable[Tensor] = ()) -> Tensor:
+    """Union of the regions whose scores (H, W) exceed `threshold` without those of `subtract`, dilated by `grow` pixels;
+    float32 of 0 and 1."""
+    mask = torch.stack([score > threshold for score in scores]).any(0)
+    for score in subtract:
+        mask = mask & ~(score > threshold)
+    mask = mask.float()
     return F.max_pool2d(mask[None], 2 * grow + 1, 1, grow)[0] if grow else mask
 
 

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 from p2p_subject import __version__
 
 PROGRAM = "p2p-subject"
+METHODS = ("direct", "ddim", "fixed_point", "negative_prompt", "null_text", "edit_friendly")
+"""Inversion methods, as in `p2p_subject.inverting.METHODS`, which imports torch."""
 
 
 class UsageError(Exception):
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--swap", type=_word, metavar="WORD", help="word of the prompt to replace; WORD#1 for its second place")
     _subject_arguments(edit)
     edit.add_argument("--target-prompt", metavar="TEXT", help="prompt of the result (default: follows from --swap, --category)")
+    edit.add_argument("--weight", action="append", type=_weight, metavar="WORD=F", help="how much a word of the result counts")
     edit.add_argument("--out", required=True, metavar="FILE", help="the edited picture (.png, .jpg, .webp, .tif or .bmp)")
     edit.add_argument("--mask-out", metavar="FILE", help="write where the picture was allowed to change")
     edit.add_argument("--sheet", metavar="FILE", help="write source, subject, attention, mask and result on one sheet")
@@ -87,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
 def _source_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("source", metavar="SOURCE", help="a picture, or a *.safetensors file that --save-source wrote")
     own.add_argument("--prompt", metavar="TEXT", help="describes the picture; needed unless SOURCE is a saved one")
+    own.add_argument("--method", choices=METHODS, help="how the picture's generation is recovered (default direct)")
 
 
 def _subject_arguments(own: argparse.ArgumentParser) -> None:
@@ -103,7 +107,7 @@ def _common_arguments(own: argparse.ArgumentParser) -> None:
 def _guidance_arguments(own: argparse.ArgumentParser, *, negative: bool = True) -> None:
     own.add_argument("--guidance-scale", type=_scale, metavar="F", help="how strongly the prompt counts (default: the model's)")
     if negative:
-        own.add_argument("--negative-prompt", default="", metavar="TEXT", help="what the result should not show")
+        own.add_argument("--negative-prompt", metavar="TEXT", help="what the result should not show")
 
 
 def _model_arguments(own: argparse.ArgumentParser) -> None:
@@ -116,6 +120,13 @@ def _model_arguments(own: argparse.ArgumentParser) -> None:
 def _word(text: str) -> str | tuple[str, int]:
     word, _, index = text.rpartition("#")
     return (word, int(index)) if word and index.isdecimal() else text
+
+
+def _weight(text: str) -> tuple[str | tuple[str, int], float]:
+    word, _, factor = text.rpartition("=")
+    if not word.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a word and its factor, such as snowy=2 or cat#1=-0.5")
+    return _word(word), _number(factor, float, -sys.float_info.max, sys.float_info.max, "a factor, such as 2 or -0.5")
 
 
 def _window(text: str) -> float | tuple[float, ...]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from p2p_subject import __version__
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
-from p2p_subject.errors import EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
+from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.images import load_image, load_mask
 from p2p_subject.outputs import IMAGE_FORMATS, check_target, save_image
 from p2p_subject.prompts import describe
@@ -40,6 +40,7 @@ def edit(arguments: Namespace) -> Report:
     targets = _targets(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
     blend = _blend(arguments)
     changes = given(arguments, "swap", "cross_replace", "self_replace")
+    changes["weights"] = dict(arguments.weight or [])
     spec = EditSpec(prompt=arguments.target_prompt, subject=_subject(arguments), blend=blend, **changes)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
         raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
@@ -131,8 +132,8 @@ def info(arguments: Namespace) -> Report:
         "devices": devices(),
         "picture": [side, side],
         "latent": [unet.config.in_channels, cells, cells],
-        "prompt_tokens": pipeline.text_encoder.config.max_position_embeddings,
-        "subject_tokens": pipeline.qformer.config.num_query_tokens,
+        "prompt_tokens": model.window,
+        "subject_tokens": model.queries,
         "scheduler": type(pipeline.scheduler).__name__,
         "prediction": pipeline.scheduler.config.prediction_type,
         "guidance_scale": model.guidance_scale,
@@ -192,7 +193,7 @@ def run_report(editor: Editor, arguments: Namespace, source: Source) -> dict[str
     report = {"model": model.name, "device": str(model.device), "seed": arguments.seed}
     report["steps"] = source.trajectory.schedule.steps
     if "guidance_scale" in arguments:
-        report["guidance_scale"] = model.guidance_scale if arguments.guidance_scale is None else arguments.guidance_scale
+        report["guidance_scale"] = editor.guidance_scale(arguments.guidance_scale, source)
     return report
 
 
@@ -271,6 +272,9 @@ def _open(arguments: Namespace) -> tuple[Image.Image | Source, str]:
     steps = source.trajectory.schedule.steps
     if arguments.steps not in (None, steps):
         raise StepsError(f"{arguments.source} has {steps} steps, not {arguments.steps}; leave --steps out")
+    method = source.trajectory.method
+    if arguments.method not in (None, method):
+        raise ArgumentError(f"{arguments.source} was made by {method!r}, not {arguments.method!r}; leave --method out")
     return source, source.prompt
 
 
@@ -289,8 +293,8 @@ def _invert(
         layout.columns(*([word] if isinstance(word, str) else word))
     if spec is not None:
         describe(layout, spec, model.layout)
-        model.layout(arguments.negative_prompt)
-    return opened if saved else editor.invert(opened, prompt, **given(arguments, "steps"))
+        model.layout(arguments.negative_prompt or "")
+    return opened if saved else editor.invert(opened, prompt, **given(arguments, "steps", "method"))
 
 
 def _write(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:

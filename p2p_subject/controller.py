@@ -11,7 +11,7 @@ output without an edited map (Hertz et al. 2022, section 3.3, rearranged).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,62 +41,95 @@ class MapSink:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """Receives queries (rows, H, Q, d) and keys (rows, H, Q or S, d) by the name of the layer.
+
+    Of every cross-attention layer, and of the self-attention layers of at most `self_pixels` pixels.
+    """
+
+    self_pixels: int
+    taken: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StepControl:
     """What the attention layers do in one network call of `rows` rows.
 
-    Row `targets[k]` follows row `sources[k]`. `from_source` (K, S, T) and `from_target` (K, T) change cross-attention's values
-    (None: no cross-attention is changed). Self-attention of target k over at most `self_pixels[k]` pixels takes
-    queries and keys of its source (0: none does). `sink` receives maps, after the edit.
+    The last K rows are the conditional targets, K the length of `self_pixels`. They follow the source: row 0, or, where
+    `recorded` is given, the queries and keys (1, H, Q, d) that it holds by layer. `from_source` (K, S, T) and `from_target`
+    (K, T) change cross-attention's values (None: no cross-attention is changed). Self-attention of target k over at most
+    `self_pixels[k]` pixels takes queries and keys of the source (0: none does). `sink` receives maps, after the edit;
+    `trace` queries and keys, before it.
     """
 
     rows: int
-    sources: tuple[int, ...] = ()
-    targets: tuple[int, ...] = ()
     from_source: Tensor | None = None
     from_target: Tensor | None = None
     self_pixels: tuple[int, ...] = ()
+    recorded: Mapping[str, tuple[Tensor, Tensor]] | None = None
     sink: MapSink | None = None
+    trace: Trace | None = None
 
 
-def within(window: Window, index: int, steps: int) -> bool:
-    """Whether sampling step `index` of `steps` lies in `window`; a window (0, f) holds the steps i < int(f * steps)."""
-    return int(window[0] * steps) <= index < int(window[1] * steps)
+def steps_of(window: Window, steps: int) -> range:
+    """Sampling steps of `steps` that lie in `window`; a window (0, f) holds the steps i < int(f * steps)."""
+    # k / N * N can fall below k by rounding, and would lose a step.
+    start, stop = (int(fraction * steps + 1e-9) for fraction in window)
+    return range(start, stop)
+
+
+def self_pixels(side: int | None, latent_size: tuple[int, int]) -> int:
+    """Largest number of pixels of self-attention that follows the source, for latents (h, w).
+
+    `side` is its larger side in latent pixels; None: half the latent's (32 of 64, the published choice at 512x512).
+    """
+    larger = max(latent_size)
+    scale = (side or larger / 2) / larger
+    return round(latent_size[0] * scale) * round(latent_size[1] * scale)
 
 
 @dataclass(frozen=True)
 class Controller:
-    """Edits of one source, compiled; `at(index)` gives the control of a sampling step.
+    """Edits of one source, compiled; `at(index, ...)` gives the control of a sampling step.
 
-    Rows of a call: the source, the unconditional targets, the conditional targets.
+    For K edits: `matrices` (K, S, T) = M diag(w), `own` (K, T) = (1 - c) w, and `gates` (K, N, T), 1 at the steps and columns
+    whose cross-attention follows the source; `self_gates` (K, N) and `self_pixels` (K,) the same for self-attention.
     """
 
-    steps: int
-    specs: tuple[EditSpec, ...]
     matrices: Tensor
-    from_target: Tensor
+    own: Tensor
+    gates: Tensor
+    self_gates: Tensor
     self_pixels: tuple[int, ...]
 
     @property
-    def rows(self) -> int:
-        """U-Net rows of a controlled step."""
-        return 1 + 2 * len(self.specs)
+    def steps(self) -> int:
+        """Number of sampling steps N."""
+        return self.gates.shape[1]
 
-    def targets(self) -> tuple[int, ...]:
-        """Rows of the conditional targets."""
-        return tuple(range(1 + len(self.specs), self.rows))
+    def crosses(self, index: int) -> bool:
+        """Whether any edit changes cross-attention at step `index`."""
+        return bool(self.gates[:, index].any())
 
-    def at(self, index: int, sink: MapSink | None = None) -> StepControl:
+    def borrows(self, index: int) -> int:
+        """Largest number of pixels of self-attention that follows the source at step `index`; 0 for none."""
+        return max(pixels * bool(gate) for pixels, gate in zip(self.self_pixels, self.self_gates[:, index]))
+
+    def at(
+        self,
+        index: int,
+        rows: int,
+        sink: MapSink | None = None,
+        recorded: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> StepControl:
         """Control of sampling step `index`; an edit that is outside its windows keeps its own attention."""
-        cross = [within(spec.cross_replace, index, self.steps) for spec in self.specs]
-        gate = self.from_target.new_tensor(cross)
-        own = [within(spec.self_replace, index, self.steps) for spec in self.specs]
+        gate, crosses = self.gates[:, index].to(self.own), self.crosses(index)
         return StepControl(
-            rows=self.rows,
-            sources=(0,) * len(self.specs),
-            targets=self.targets(),
-            from_source=self.matrices * gate[:, None, None] if any(cross) else None,
-            from_target=self.from_target * gate[:, None] + (1 - gate[:, None]) if any(cross) else None,
-            self_pixels=tuple(pixels * inside for pixels, inside in zip(self.self_pixels, own)),
+            rows=rows,
+            from_source=self.matrices * gate[:, None] if crosses else None,
+            from_target=self.own * gate + (1 - gate) if crosses else None,
+            self_pixels=tuple(p * int(own) for p, own in zip(self.self_pixels, self.self_gates[:, index])),
+            recorded=recorded,
             sink=sink,
         )
 
@@ -111,29 +144,42 @@ def compile_edits(
 ) -> Controller:
     """Compile edits of one source; alignments and target layouts in the order of `specs`.
 
-    `latent_size` (h, w) fixes which self-attention layers follow the source. Raises `EditSpecError` for weights in a window
-    that holds none of the steps.
+    `latent_size` (h, w) fixes which self-attention layers follow the source. Raises `EditSpecError` for weights of a word whose
+    window holds none of the steps.
     """
-    for spec in specs:
-        if spec.weights and not any(within(spec.cross_replace, index, steps) for index in range(steps)):
-            raise EditSpecError(
-                f"weights={dict(spec.weights)} can have no effect: of {steps} steps, cross_replace={spec.cross_replace} holds "
-                "none; widen it, take more steps or leave the weights out"
-            )
-    weights = torch.stack([_weights(spec, target) for spec, target in zip(specs, targets)])
+    gates = torch.stack([_gates(spec, target, steps) for spec, target in zip(specs, targets)])
+    weights = torch.stack([_weights(spec, target, gate) for spec, target, gate in zip(specs, targets, gates)])
     matrices = torch.stack([alignment.matrix for alignment in alignments]) * weights[:, None]
     own = (1 - torch.stack([alignment.covered for alignment in alignments])) * weights
-    height, width = latent_size
-    pixels = []
-    for spec in specs:
-        side = spec.self_resolution or max(height, width) // 2
-        scale = side / max(height, width)
-        pixels.append(round(height * scale) * round(width * scale))
-    return Controller(steps, tuple(specs), matrices.to(device), own.to(device), tuple(pixels))
+    self_gates = torch.zeros(len(specs), steps, dtype=torch.bool)
+    for gate, spec in zip(self_gates, specs):
+        gate[list(steps_of(spec.self_replace, steps))] = True
+    pixels = tuple(self_pixels(spec.self_resolution, latent_size) for spec in specs)
+    # Gates stay on the CPU: whether a step is controlled must not wait for the GPU.
+    return Controller(matrices.to(device), own.to(device), gates, self_gates, pixels)
 
 
-def _weights(spec: EditSpec, target: TokenLayout) -> Tensor:
+def _gates(spec: EditSpec, target: TokenLayout, steps: int) -> Tensor:
+    """(N, T): whether cross-attention of a column follows the source at a step."""
+    default, exceptions = spec.cross_windows()
+    gates = torch.zeros(steps, target.length, dtype=torch.bool)
+    gates[list(steps_of(default, steps))] = True
+    for word, window in exceptions.items():
+        columns = list(target.columns(*word_and_index(word)))
+        gates[:, columns] = False
+        for step in steps_of(window, steps):
+            gates[step, columns] = True
+    return gates
+
+
+def _weights(spec: EditSpec, target: TokenLayout, gates: Tensor) -> Tensor:
     weights = torch.ones(target.length)
     for word, factor in spec.weights.items():
-        weights[list(target.columns(*word_and_index(word)))] = factor
+        columns = list(target.columns(*word_and_index(word)))
+        if not gates[:, columns].any():
+            raise EditSpecError(
+                f"weights: {word!r} can have no effect: of {len(gates)} steps, its window of cross_replace="
+                f"{spec.cross_replace} holds none; widen it, take more steps or leave the weight out"
+            )
+        weights[columns] = factor
     return weights

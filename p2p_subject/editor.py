@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
-from PIL import Image
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from inversion import Move, Trajectory, TrajectoryError, ddim, require_finite, walk
-from p2p_subject.alignment import align
+from inversion import Move, Trajectory, TrajectoryError, require_finite, walk
+from inversion.walk import trace
+from p2p_subject import inverting
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
-from p2p_subject.controller import compile_edits
-from p2p_subject.edits import EditSpec, Word
-from p2p_subject.errors import EditSpecError
-from p2p_subject.images import Frame, fit, load_image, load_mask
+from p2p_subject.checks import is_number
+from p2p_subject.controller import self_pixels, steps_of
+from p2p_subject.edits import Blend, EditSpec, Word
+from p2p_subject.errors import ArgumentError, EditSpecError
+from p2p_subject.images import Frame, fit, load_image
+from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
-from p2p_subject.outputs import feather, paste_back, restore
-from p2p_subject.prompts import describe, require_subject_first, word_and_index
-from p2p_subject.sampling import MapMean, Target, controlled, guided
+from p2p_subject.preparing import plan, prepare, tracer
+from p2p_subject.prompts import require_subject_first, word_and_index
+from p2p_subject.recording import read_maps, record
+from p2p_subject.results import EditResult, result_of
+from p2p_subject.sampling import guided
 from p2p_subject.source import Source
-from p2p_subject.visible import heat_maps, latent_mask, pixel_mask, to_gray
 
 DEFAULT_STEPS = 50
+BUDGET = 2 << 30
+"""Bytes a recording may take by default: 2 GiB; at 512x512 pixels in half precision, 50 steps need about 1.4."""
 
-
-@dataclass(frozen=True, eq=False)
-class EditResult:
-    """An edit. Pictures have the size of the source picture.
-
-    `image` is the edited picture (None with output_type="latent"); `mask` what was edited (mode "L", 0 or 255; None for a
-    global edit; up to one latent pixel around it, pixels fade into the original); `maps` a heat map (mode "L") for each word
-    that made the mask; `source_image` the picture edited; `latents` (1, C, h, w) float32; `prompt` that of the target;
-    `unet_rows` the rows that all U-Net calls of the edit had.
-    """
-
-    image: Image.Image | None
-    mask: Image.Image | None
-    maps: dict[str, Image.Image]
-    source_image: Image.Image
-    latents: Tensor
-    prompt: str
-    unet_rows: int
-    spec: EditSpec = field(repr=False)
+T = TypeVar("T")
 
 
 class Editor:
@@ -67,12 +55,19 @@ class Editor:
         device: str | None = None,
         **options: Any,
     ) -> Editor:
-        """Load a model: None for the miniature that comes with the library, or a folder or hub name of BLIP-Diffusion.
+        """Load a model: None for the miniature that comes with the library, or a folder or hub name.
 
-        Raises `ModelError` for anything that is not a complete model.
+        BLIP-Diffusion, Stable Diffusion 1.x, 2.x and XL. Raises `ModelError` for anything that is not a complete model.
         """
         return cls(Model.load(name, dtype=dtype, device=device, **options))
 
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline) -> Editor:
+        """Edit with a pipeline that is loaded already: moved, offloaded, compiled, with a LoRA. Its scheduler's noise levels
+        are used, its sampling is not. Raises `ModelError` for one that cannot be edited with."""
+        return cls(Model.of(pipeline))
+
+    @torch.no_grad()
     def generate(
         self,
         prompt: str,
@@ -83,7 +78,7 @@ class Editor:
         size: tuple[int, int] | None = None,
         steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
     ) -> Source:
         """Generate a picture and return it with its trajectory, ready to be edited.
 
@@ -91,58 +86,129 @@ class Editor:
         start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is the model's own.
         """
         model = self.model
+        model.require_controllable()
         schedule = model.schedule(steps)
-        scale = self._scale(guidance_scale)
+        scale = self.guidance_scale(guidance_scale)
         target = model.layout(prompt, subject=subject is not None)
         if subject is not None:
             require_subject_first(target, subject.category)
             model.require_subject(subject)
-        negative = model.layout(negative_prompt)
         noise = self._noise_latents(latents, seed, size)
+        negative = model.unconditional(negative_prompt)
         embedded = None if subject is None else model.embed(subject)
-        kept = [noise]
-
-        def keep(x: Tensor, move: Move) -> Tensor:
-            kept.append(x)
-            return x
-
         maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
-        predict = guided(model.noise, model.encode(negative), model.encode(target, embedded), scale, maps)
+        predict = guided(model.noise, lambda index: negative, model.encode(target, embedded), scale, maps)
         with model.controlled():
-            walk(predict, noise, _progress("generating")(schedule.sampling()), keep)
+            kept = trace(predict, noise, _progress("generating")(schedule.sampling()))
         trajectory = Trajectory(
             torch.cat(kept[::-1]), schedule, prompt, "generated", guidance_scale=scale, fingerprint=model.fingerprint
         )
         image = model.decode(trajectory.clean)[0]
         return Source(trajectory, image, Frame(image.size, image.size), maps.mean()[0].cpu(), embedded)
 
-    def invert(self, image: Any, prompt: str, *, steps: int = DEFAULT_STEPS, max_pixels: int | None = None) -> Source:
+    @torch.no_grad()
+    def invert(
+        self,
+        image: Any,
+        prompt: str,
+        *,
+        method: str = "direct",
+        steps: int = DEFAULT_STEPS,
+        max_pixels: int | None = None,
+        record: bool = False,
+        **options: Any,
+    ) -> Source:
         """Recover the generation of a picture (PIL, path, array or tensor) that `prompt` describes.
 
         The picture is brought to about the area the model was trained on (at most `max_pixels`), keeping its shape; results
-        are brought back. One U-Net row a step.
+        are brought back. `record` makes later edits cheaper, see `Editor.record`. `method` and its `options`:
+
+        - "direct" (Ju et al. 2023): DDIM inversion, the source read from the stored latents. One U-Net row a step.
+        - "ddim" (Song et al. 2021): the source is generated again with guidance, as first published; it drifts.
+        - "fixed_point" (Pan et al. 2023): each step iterated `iterations` times until it is the inverse of sampling.
+        - "negative_prompt" (Miyake et al. 2023): guidance against the source's own prompt; `proximal` (Han et al. 2023), a
+          quantile such as 0.7, drops the guidance that is smaller.
+        - "null_text" (Mokady et al. 2023): unconditional embeddings optimised, step by step, so that sampling with
+          `guidance_scale` gives the picture; at most `inner_steps` gradients each, `optimiser` "conjugate" or, as published,
+          "adam".
+        - "edit_friendly" (Huberman-Spiegelglas et al. 2024): DDPM noise maps of noise drawn with `seed`, found at
+          `guidance_scale` (3.5); edit with `skip`, 0.36 in the paper.
+
+        Raises `ArgumentError` for another method or option.
         """
         model = self.model
+        inverting.check(method, options)
+        model.require_controllable()
         schedule = model.schedule(steps)
         words = model.layout(prompt)
         picture = load_image(image)
         fitted, frame = fit(picture, multiple=model.multiple, max_pixels=max_pixels, area=model.area)
         latents = model.encode_images([fitted])
-        maps = MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps)
-        context = model.encode(words)
-        predict = guided(model.noise, context, context, 1.0, maps)
+        run = inverting.Inversion(
+            noise=model.noise,
+            latents=latents,
+            schedule=schedule,
+            context=model.encode(words),
+            unconditional=model.unconditional(None),
+            scale=model.guidance_scale,
+            maps=MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps),
+            prompt=prompt,
+            fingerprint=model.fingerprint,
+            progress=_progress("inverting"),
+        )
+        with model.controlled(), model.frozen():
+            trajectory = inverting.METHODS[method](run, **options)
+            if not run.maps.halves:
+                read_maps(tracer(model, trajectory, run.context), run.maps, steps)
+        source = Source(trajectory, picture, frame, run.maps.mean()[0].cpu())
+        return self.record(source) if record else source
+
+    @torch.no_grad()
+    def record(
+        self,
+        source: Source,
+        *,
+        cross_replace: float = 0.8,
+        self_replace: float = 0.4,
+        self_resolution: int | None = None,
+        budget: int = BUDGET,
+        device: torch.device | str | None = None,
+    ) -> Source:
+        """Gather, in one pass over a source's stored steps, what its edits borrow; they then run two U-Net rows a step.
+
+        Kept are the queries of cross-attention in the first `cross_replace` of the steps and the queries and keys of
+        self-attention of at most `self_resolution` in the first `self_replace`: edits with wider windows run a third row in the
+        steps beyond. `budget` bytes are not exceeded: later steps are left out, with a warning. `device`: where it is kept
+        (None: with the model; "cpu" to spare a GPU's memory).
+        """
+        model, trajectory = self.model, source.trajectory
+        model.require_controllable()
+        trajectory.require_model(model.fingerprint)
+        if trajectory.replay:
+            raise ArgumentError(f"a source inverted by {trajectory.method!r} is generated again by every edit; use 'direct'")
+        steps, size = trajectory.schedule.steps, tuple(trajectory.latents.shape[-2:])
+        windows = EditSpec(prompt="", cross_replace=cross_replace, self_replace=self_replace, self_resolution=self_resolution)
+        cross, own = (steps_of(window, steps).stop for window in (windows.cross_replace, windows.self_replace))
+        context = model.encode(model.layout(source.prompt, subject=source.subject is not None), source.subject)
+        height, width = map_size(model.unet, size)
+        pixels = self_pixels(windows.self_resolution, size)
+        read, place = tracer(model, trajectory, context), device or model.device
         with model.controlled():
-            trajectory = ddim(
-                predict, latents, schedule, prompt=prompt, fingerprint=model.fingerprint, progress=_progress("inverting")
+            recording = record(read, cross, own, pixels, height * width, budget, place, progress=_progress("recording"))
+        if recording.cross_steps < cross:
+            warnings.warn(
+                f"the recording holds {recording.cross_steps} of {cross} steps: more do not fit in {budget} bytes; edits run "
+                "a third U-Net row in the others. Give a larger budget, or device='cpu'",
+                stacklevel=3,
             )
-        return Source(trajectory, picture, frame, maps.mean()[0].cpu())
+        return dataclasses.replace(source, recording=recording)
 
     def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "heat") -> list[np.ndarray]:
         """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
         source.trajectory.require_model(self.model.fingerprint)
         layout = self.model.layout(source.prompt, subject=source.subject is not None)
         columns = [layout.columns(*word_and_index(word)) for word in words]
-        score, _ = rule_of(rule)
+        score = rule_of(rule)
         width, height = source.image.size
         return [region(source.attention, own, competitors(layout, own), score, (height, width)).numpy() for own in columns]
 
@@ -151,123 +217,69 @@ class Editor:
     @overload
     def edit(self, source: Source, edits: Sequence[EditSpec], **options: Any) -> list[EditResult]: ...
 
+    @torch.no_grad()
     def edit(
         self,
         source: Source,
         edits: EditSpec | Sequence[EditSpec],
         *,
         guidance_scale: float | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = None,
         mask: Any = None,
+        skip: float = 0.0,
         paste: bool = True,
         output_type: str = "pil",
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> EditResult | list[EditResult]:
         """Edit a source; one spec gives one result, a list of specs a list, run in one batch.
 
-        `mask` (picture or array of the source's size) says where the picture may change, instead of the words' attention.
-        `paste` puts the original pixels back outside the feathered mask, so the background is bit-exact. `output_type="latent"`
-        skips decoding. `callback(step, latents (K, C, h, w))` is called after every step and may raise to cancel.
+        `guidance_scale` None is that of the source, if it was made with guidance, else the model's. `mask` (picture or array
+        of the source's size) says where the picture may change, instead of the words' attention; `Blend(mask=...)` says it for
+        one spec of several. `skip` leaves out that fraction of the steps, from the noise: the edit begins at the source's own
+        latents there. `paste` puts the original pixels back outside the feathered mask, so the background is bit-exact.
+        `output_type="latent"` skips decoding. `callback(step, latents (K, C, h, w))` is called after every step and may raise
+        to cancel.
         """
         specs = [edits] if isinstance(edits, EditSpec) else list(edits)
         if not specs or not all(isinstance(spec, EditSpec) for spec in specs):
             raise EditSpecError(f"edits={edits!r}; expected an EditSpec, such as swap_subject(...), or a list of them")
         if output_type not in ("pil", "latent"):
-            raise EditSpecError(f"output_type={output_type!r}; expected 'pil' or 'latent'")
-        results = self._edit(source, specs, self._scale(guidance_scale), negative_prompt, mask, paste, output_type, callback)
-        return results[0] if isinstance(edits, EditSpec) else results
-
-    def _edit(
-        self,
-        source: Source,
-        specs: list[EditSpec],
-        scale: float,
-        negative_prompt: str,
-        mask: Any,
-        paste: bool,
-        output_type: str,
-        callback: Callable[[int, Tensor], None] | None,
-    ) -> list[EditResult]:
-        model, trajectory = self.model, source.trajectory
-        trajectory.require_model(model.fingerprint)
-        original = model.layout(trajectory.prompt, subject=source.subject is not None)
-        # Every word, mask and prompt is checked here, before the first network runs.
-        plans = [describe(original, spec, model.layout) for spec in specs]
-        for spec in specs:
-            if spec.subject is not None:
-                model.require_subject(spec.subject)
-        given = None if mask is None else load_mask(mask, source.image.size)
-        negative = model.layout(negative_prompt)
-        size = tuple(trajectory.latents.shape[-2:])
-        layouts = [plan.layout for plan in plans]
-        alignments = [align(original, layout, replaced="map") for layout in layouts]
-        controller = compile_edits(specs, alignments, layouts, trajectory.schedule.steps, size, model.device)
-
-        fixed = None if given is None else latent_mask(given, size).to(model.device)
-        targets = [
-            Target(
-                model.encode(plan.layout, source.subject if spec.subject is None else model.embed(spec.subject)),
-                spec.blend,
-                plan.source_words,
-                plan.target_words,
-                fixed,
-            )
-            for plan, spec in zip(plans, specs)
-        ]
-        maps = MapMean(map_size(model.unet, size), trajectory.schedule.steps)
-        calls: list[int] = []
-
-        def noise(latents: Tensor, *arguments: Any) -> Tensor:
-            calls.append(len(latents))
-            return model.noise(latents, *arguments)
-
-        trajectory = trajectory.to(model.device)
-        contexts = model.encode(original, source.subject), model.encode(negative)
-        seen = source.attention.to(model.device)
-        predict, blended = controlled(noise, trajectory, seen, *contexts, targets, controller, scale, maps)
+            raise ArgumentError(f"output_type={output_type!r}; expected 'pil' or 'latent'")
+        if not is_number(skip, 0, 1) or skip == 1:
+            raise ArgumentError(f"skip={skip!r}; expected the fraction of steps to leave out, from 0 to below 1")
+        if mask is not None:
+            specs = [dataclasses.replace(s, blend=dataclasses.replace(s.blend or Blend(), mask=mask)) for s in specs]
+        scale = self.guidance_scale(guidance_scale, source)
+        plans = plan(self.model, source, specs)
+        run = prepare(self.model, source, specs, plans, scale, negative_prompt, _progress("replaying the source"))
 
         def after(latents: Tensor, move: Move) -> Tensor:
-            latents = blended(latents, move)
+            latents = run.after(latents, move)
             if callback is not None:
                 callback(move.index, latents)
             return latents
 
-        with model.controlled():
-            start = trajectory.noise.expand(len(specs), -1, -1, -1)
-            latents = walk(predict, start, _progress("editing")(trajectory.schedule.sampling()), after)
+        schedule = run.source.schedule
+        first = int(skip * schedule.steps + 1e-9)
+        start = run.source.before(first).expand(len(specs), -1, -1, -1)
+        with self.model.controlled():
+            moves = _progress("editing")(schedule.sampling()[first:])
+            latents = walk(run.predict, start, moves, after, noises=run.source.noises)
+        images = [None] * len(specs) if output_type == "latent" else self.model.decode(latents)
+        made = [
+            result_of(k, run, source, spec, plans[k], latents[k : k + 1], images[k], self.model.scale_factor, paste)
+            for k, spec in enumerate(specs)
+        ]
+        return made[0] if isinstance(edits, EditSpec) else made
 
-        # Pixels a side of one latent pixel: edits reach half a one beyond their mask and fade over another half.
-        cell = model.scale_factor * max(source.image.size) / max(source.frame.model_size)
-        images = [None] * len(specs) if output_type == "latent" else model.decode(latents)
-        results = []
-        for k, (spec, plan) in enumerate(zip(specs, plans)):
-            attention = torch.stack([source.attention, maps.mean()[k].cpu()])
-            pixels = given if given is not None else pixel_mask(targets[k], attention, source.frame, cell)
-            if pixels is not None and not pixels.any():
-                given_prompt = plan.layout.prompt
-                warnings.warn(f"the mask of {given_prompt!r} is empty: nothing changed; lower its threshold", stacklevel=3)
-            image = images[k] and restore(images[k], source.frame)
-            if image is not None and paste and pixels is not None:
-                image = paste_back(source.image, image, feather(pixels, round(cell / 2), cell / 2))
-            results.append(
-                EditResult(
-                    image=image,
-                    mask=None if pixels is None else to_gray(pixels),
-                    maps=heat_maps(attention, plan, source.image.size),
-                    source_image=source.image,
-                    latents=latents[k : k + 1],
-                    prompt=plan.layout.prompt,
-                    unet_rows=sum(calls),
-                    spec=spec,
-                )
-            )
-        return results
-
-    def _scale(self, guidance_scale: float | None) -> float:
-        scale = self.model.guidance_scale if guidance_scale is None else guidance_scale
-        if not isinstance(scale, int | float) or not np.isfinite(scale) or scale < 0:
-            raise EditSpecError(f"guidance_scale={guidance_scale!r}; expected a number of 0 or more, such as 7.5")
-        return float(scale)
+    def guidance_scale(self, guidance_scale: float | None = None, source: Source | None = None) -> float:
+        """The scale that a call uses: for None that of the source, if it was made with guidance, else the model's."""
+        if guidance_scale is None:
+            made = 1.0 if source is None else source.trajectory.guidance_scale
+            return self.model.guidance_scale if made == 1 else made
+        if not is_number(guidance_scale, 0):
+            raise ArgumentError(f"guidance_scale={guidance_scale!r}; expected a number of 0 or more, such as 7.5")
+        return float(guidance_scale)
 
     def _noise_latents(self, latents: Tensor | None, seed: int | None, size: tuple[int, int] | None) -> Tensor:
         model = self.model
@@ -285,6 +297,6 @@ class Editor:
         return torch.randn(1, channels, height // factor, width // factor, generator=generator).to(model.device)
 
 
-def _progress(what: str) -> Callable[[Iterable[Move]], Iterable[Move]]:
+def _progress(what: str) -> Callable[[Iterable[T]], Iterable[T]]:
     # disable=None: silent where stderr is not a terminal; delay: runs under two seconds show nothing.
-    return lambda moves: tqdm(moves, desc=what, disable=None, delay=2, leave=False)
+    return lambda items: tqdm(items, desc=what, disable=None, delay=2, leave=False)

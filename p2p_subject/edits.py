@@ -7,133 +7,26 @@ Prompt-to-Prompt (Hertz et al. 2022, section 3.3) and BLIP-Diffusion (Li et al. 
 from __future__ import annotations
 
 import base64
-import io
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from p2p_subject import checks
+from p2p_subject.checks import Window, Word
 from p2p_subject.errors import EditSpecError, SubjectError, did_you_mean
-from p2p_subject.images import load_image
+from p2p_subject.images import mask_values
+from p2p_subject.subject import Subject, to_base64
 
-__all__ = ["Blend", "EditSpec", "Subject", "Window", "swap_subject"]
+__all__ = ["Blend", "EditSpec", "Subject", "Window", "Word", "combine", "refine", "replace", "reweight", "swap_subject"]
 
-Window = tuple[float, float]
-Word = str | tuple[str, int]
-"""A word or phrase of a prompt, or (word, index) where it occurs more than once; the index counts from 0."""
-
-
-def _is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether this is a finite number in a range; True and False are none."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    try:
-        return math.isfinite(value) and low <= value <= high
-    except OverflowError:  # a whole number beyond any float
-        return False
-
-
-def _window(value: Any, name: str) -> Window:
-    """Read a fraction f as (0, f); check that a pair lies in [0, 1] and is ordered."""
-    pair = tuple(value) if isinstance(value, list | tuple) else (0.0, value)
-    if len(pair) != 2 or not all(_is_number(v, 0, 1) for v in pair) or pair[0] > pair[1]:
-        raise EditSpecError(
-            f"{name}={value!r}; expected a fraction of the steps between 0 and 1, or (start, stop) with start <= stop"
-        )
-    return float(pair[0]), float(pair[1])
-
-
-def _fraction(value: Any, name: str) -> float:
-    if not _is_number(value, 0, 1):
-        raise EditSpecError(f"{name}={value!r}; expected a number between 0 and 1")
-    return float(value)
-
-
-def _whole(value: Any, name: str, low: int, expected: str) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
-        raise EditSpecError(f"{name}={value!r}; expected {expected}")
-    return int(value)
-
-
-def _word(value: Any, name: str) -> Word:
-    """Check a word of a prompt; a pair comes as a list from JSON."""
-    text, index = value if isinstance(value, list | tuple) and len(value) == 2 else (value, 0)
-    whole = isinstance(index, Integral) and not isinstance(index, bool) and index >= 0
-    if not isinstance(text, str) or not text.strip() or not whole:
-        raise EditSpecError(
-            f"{name}={value!r}; expected a word or phrase of the prompt, such as 'cat', or where it occurs more than once a "
-            "pair of it and its index from 0, such as ('cat', 1)"
-        )
-    return text if isinstance(value, str) else (text, int(index))
-
-
-def _words(value: Any, name: str) -> tuple[Word, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple):
-        raise EditSpecError(f"{name}={value!r}; expected a list of words, such as ['cat'] or [('cat', 1)], or None")
-    return tuple(_word(word, f"{name}[{at}]") for at, word in enumerate(value))
-
-
-def _weights(value: Any) -> Mapping[Word, float]:
-    """A copy that cannot be changed."""
-    if not isinstance(value, Mapping):
-        raise EditSpecError(f"weights={value!r}; expected a mapping of words to numbers, such as {{'cat': 2.0}}")
-    for word, factor in value.items():
-        if not _is_number(factor):
-            raise EditSpecError(f"weights[{word!r}]={factor!r}; expected a finite number")
-    return MappingProxyType({_word(word, "a word of weights"): float(factor) for word, factor in value.items()})
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A subject: one or more pictures of it and the category they show ("dog").
-
-    `pictures` takes anything `load_image` takes, or a list of them, whose embeddings are averaged; pictures are read at
-    once, so that a bad one is refused before any model runs. Raises `SubjectError`, `ImageError`.
-    """
-
-    pictures: Any
-    category: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.category, str) or not self.category.strip():
-            raise SubjectError(f"category={self.category!r}; expected the word for what the picture shows, such as 'dog'")
-        given = self.pictures if isinstance(self.pictures, list | tuple) else [self.pictures]
-        if not given:
-            raise SubjectError("a subject needs at least one picture, got an empty list")
-        object.__setattr__(self, "category", " ".join(self.category.split()))
-        object.__setattr__(self, "pictures", tuple(load_image(picture, what="subject") for picture in given))
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; the pictures as PNG in base64."""
-
-        def encoded(picture: Image.Image) -> str:
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            return base64.b64encode(buffer.getvalue()).decode()
-
-        return {"category": self.category, "pictures": [encoded(picture) for picture in self.pictures]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Subject:
-        """Read what `to_dict` wrote; `SubjectError` for anything else, `ImageError` for a picture that cannot be read."""
-        if not isinstance(values, Mapping) or values.keys() != {"category", "pictures"}:
-            given = sorted(values) if isinstance(values, Mapping) else f"a {type(values).__name__}"
-            raise SubjectError(f"subject: {given} given; expected an object with the fields 'category' and 'pictures'")
-        pictures = values["pictures"]
-        if not isinstance(pictures, list) or not pictures:
-            raise SubjectError(f"pictures={pictures!r:.80}; expected a list of one or more pictures as PNG in base64")
-        try:
-            decoded = [base64.b64decode(text, validate=True) for text in pictures]
-        except (TypeError, ValueError) as error:
-            raise SubjectError(f"pictures: not base64 ({error}); expected pictures as PNG in base64") from None
-        return cls(decoded, values["category"])
+ALIGNMENTS = ("words", "replace", "refine")
+PADDINGS = ("shifted", "reference")
+MAPS = ("recorded", "running")
 
 
 @dataclass(frozen=True)
@@ -142,31 +35,66 @@ class Blend:
 
     `source_words` and `target_words` name the edited words of the two prompts; the mask is the union of both regions, so
     that a new subject larger than the old one is not clipped to its silhouette. None takes the word that is swapped, and
-    for the target that word and the columns of the inserted subject. `rule` names a function of `p2p_subject.blend.RULES`:
-    "share" is the word's share among the content words at each pixel, "peak" the published one, the word's map over its
-    maximum. `threshold` (0 to 1, of the rule's maximum; None: the rule's own) and `start`, the fraction of steps that pass
-    before the first blend (LAVIS 0, null-text 0.2). `grow` dilates the mask by so many latent pixels.
+    for the target that word and the columns of the inserted subject. The regions of `subtract`, words of either prompt, are
+    taken out. `rule` names a function of `p2p_subject.blend.RULES`: "share" is the word's share among the content words at each
+    pixel, "peak" the published one, the word's map over its maximum. `threshold` (0 to 1, of the rule's maximum; None: the
+    rule's own) and `start`, the fraction of steps that pass before the first blend (LAVIS 0, null-text 0.2). `maps`: "recorded"
+    reads the source's region from the maps of its whole generation and the target's from the less noisy half of the steps;
+    "running" sums the maps of all steps so far, as published.
+
+    `mask`, anything `load_mask` takes, stands in place of the words' attention. `grow` dilates the mask by so many latent
+    pixels; over `feather` pixels around it (None: half a latent pixel's), the edit fades into the original.
     """
 
     source_words: tuple[Word, ...] | None = None
     target_words: tuple[Word, ...] | None = None
+    subtract: tuple[Word, ...] = ()
     rule: str = "share"
     threshold: float | None = None
     start: float = 0.0
     grow: int = 0
+    feather: float | None = None
+    maps: str = "recorded"
+    mask: Any = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.rule, str):
             raise EditSpecError(f"rule={self.rule!r}; expected the name of a rule, such as 'share'")
+        if self.feather is not None and not checks.is_number(self.feather, 0):
+            raise EditSpecError(f"feather={self.feather!r}; expected 0 or more pixels of the picture, or None")
         checked = {
-            "source_words": _words(self.source_words, "source_words"),
-            "target_words": _words(self.target_words, "target_words"),
-            "threshold": None if self.threshold is None else _fraction(self.threshold, "threshold"),
-            "start": _fraction(self.start, "start"),
-            "grow": _whole(self.grow, "grow", 0, "a whole number of latent pixels, 0 or more"),
+            "source_words": None if self.source_words is None else checks.words(self.source_words, "source_words"),
+            "target_words": None if self.target_words is None else checks.words(self.target_words, "target_words"),
+            "subtract": checks.words(self.subtract, "subtract"),
+            "threshold": None if self.threshold is None else checks.fraction(self.threshold, "threshold"),
+            "start": checks.fraction(self.start, "start"),
+            "grow": checks.whole(self.grow, "grow", 0, "a whole number of latent pixels, 0 or more"),
+            "maps": checks.choice(self.maps, "maps", MAPS),
+            "mask": None if self.mask is None else _gray(self.mask),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; the mask as PNG in base64."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"mask": self.mask and to_base64(self.mask)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Blend:
+        """Read what `to_dict` wrote."""
+        _require_fields(cls, values)
+        mask = values.get("mask")
+        try:
+            decoded = None if mask is None else base64.b64decode(mask, validate=True)
+        except (TypeError, ValueError) as error:
+            raise EditSpecError(f"mask: not base64 ({error}); expected a mask as PNG in base64, or null") from None
+        return cls(**{**values, "mask": decoded})
+
+
+def _gray(mask: Any) -> Image.Image:
+    """A mask as a picture of mode "L"; `MaskError` for what is none."""
+    return Image.fromarray(np.rint(mask_values(mask) * 255).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -174,10 +102,17 @@ class EditSpec:
     """One edit of a source.
 
     `prompt` describes the edited picture; None derives it from the source's by putting the subject's category in the place
-    of the swapped word. `swap` names that word and `subject` what replaces it. `cross_replace` (0.8) and `self_replace`
-    (0.4) are the windows in which cross- and self-attention follow the source, `self_resolution` the largest side of
-    self-attention that does (None: half the latent's larger side). `weights` scales the attention of words of the target
-    prompt, within the steps of `cross_replace`. `blend` says where the picture may change; None lets all of it change.
+    of the swapped word, and keeps it where only `weights` are given. `swap` names that word and `subject` what replaces it.
+
+    `alignment` says which words of the source a word of the target follows: "words" aligns any two prompts word by word,
+    "replace" needs as many words in both and "refine" keeps new tokens free, as the two published controllers do. `padding`:
+    "shifted" aligns the padding behind the prompts by its place after the end token, "reference" by its column, as published.
+
+    `cross_replace` (0.8) and `self_replace` (0.4) are the windows in which cross- and self-attention follow the source: a
+    fraction, (start, stop), and for `cross_replace` also {word of the target: window}, in which None stands for all the other
+    words (0.8 if it is left out). `self_resolution` is the largest side of self-attention that follows, in latent pixels (None:
+    half the latent's larger side, 32 at 512x512; LAVIS 16). `weights` scales the attention of words of the target prompt within
+    their window; negative ones push away from the word. `blend` says where the picture may change; None lets all of it change.
 
     Raises `EditSpecError` and `SubjectError` for anything that is not an edit.
     """
@@ -185,7 +120,9 @@ class EditSpec:
     prompt: str | None = None
     swap: Word | None = None
     subject: Subject | None = None
-    cross_replace: float | Window = 0.8
+    alignment: str = "words"
+    padding: str = "shifted"
+    cross_replace: float | Window | Mapping[Word | None, float | Window] = field(default=0.8, hash=False)
     self_replace: float | Window = 0.4
     self_resolution: int | None = None
     weights: Mapping[Word, float] = field(default_factory=dict, hash=False)
@@ -193,10 +130,12 @@ class EditSpec:
 
     def __post_init__(self) -> None:
         checked = {
-            "swap": None if self.swap is None else _word(self.swap, "swap"),
-            "cross_replace": _window(self.cross_replace, "cross_replace"),
-            "self_replace": _window(self.self_replace, "self_replace"),
-            "weights": _weights(self.weights),
+            "swap": None if self.swap is None else checks.word(self.swap, "swap"),
+            "alignment": checks.choice(self.alignment, "alignment", ALIGNMENTS),
+            "padding": checks.choice(self.padding, "padding", PADDINGS),
+            "cross_replace": checks.windows(self.cross_replace, "cross_replace"),
+            "self_replace": checks.window(self.self_replace, "self_replace"),
+            "weights": checks.weights(self.weights),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -207,39 +146,52 @@ class EditSpec:
         if self.blend is not None and not isinstance(self.blend, Blend):
             raise EditSpecError(f"blend={self.blend!r}; expected Blend(...), or None for an edit of all of the picture")
         if self.self_resolution is not None:
-            side = _whole(self.self_resolution, "self_resolution", 1, "1 or more latent pixels, or None")
+            side = checks.whole(self.self_resolution, "self_resolution", 1, "1 or more latent pixels, or None")
             object.__setattr__(self, "self_resolution", side)
-        if self.prompt is None and (self.swap is None or self.subject is None):
-            raise EditSpecError("an edit needs a prompt, or a swap and a subject from which the prompt follows")
+        if self.prompt is None and self.subject is None and not self.weights:
+            raise EditSpecError("an edit needs a prompt, or a swap and a subject from which the prompt follows, or weights")
         if self.subject is not None and self.swap is None:
             raise EditSpecError("a subject was given but no word for it to replace; pass swap='cat' or use swap_subject")
-        if self.weights and self.cross_replace[0] == self.cross_replace[1]:
+        if self.weights and all(start == stop for start, stop in self._all_windows()):
             raise EditSpecError(
                 f"weights={dict(self.weights)} can have no effect: they act in the steps of cross_replace, and "
                 f"cross_replace={self.cross_replace} holds none; widen it, such as to 0.8, or leave the weights out"
             )
 
+    def cross_windows(self) -> tuple[Window, Mapping[Word, Window]]:
+        """The window of cross-attention that holds for all words, and the words that have their own."""
+        if not isinstance(self.cross_replace, Mapping):
+            return self.cross_replace, {}
+        own = {word: window for word, window in self.cross_replace.items() if word is not None}
+        return self.cross_replace.get(None, (0.0, 0.8)), own
+
+    def _all_windows(self) -> list[Window]:
+        default, own = self.cross_windows()
+        return [default, *own.values()]
+
+    # A view of a mapping can be neither copied nor pickled.
     def __getstate__(self) -> dict[str, Any]:
-        # A view of a mapping can be neither copied nor pickled.
-        return self.__dict__ | {"weights": dict(self.weights)}
+        return {name: dict(v) if isinstance(v, MappingProxyType) else v for name, v in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, weights=MappingProxyType(state["weights"]))
+        self.__dict__.update({name: MappingProxyType(v) if isinstance(v, dict) else v for name, v in state.items()})
 
     def to_json(self) -> str:
         """Write the edit as JSON; `from_json` reads it back equal in effect."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["subject"] = self.subject and self.subject.to_dict()
-        values["blend"] = self.blend and {f.name: getattr(self.blend, f.name) for f in fields(self.blend)}
-        pairs = [((word, None) if isinstance(word, str) else word, factor) for word, factor in self.weights.items()]
-        values["weights"] = [[*word, factor] for word, factor in pairs]
+        values["blend"] = self.blend and self.blend.to_dict()
+        for name in ("weights", "cross_replace"):
+            if isinstance(values[name], Mapping):
+                values[name] = [[*_text_and_index(word), value] for word, value in values[name].items()]
         return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> EditSpec:
         """Read an edit; unknown or misspelt fields are refused by name.
 
-        `weights` is a list of [word, index or null, factor], or an object of words and factors.
+        `weights` is a list of [word, index or null, factor], or an object of words and factors; `cross_replace` a fraction,
+        [start, stop], or a list of [word or null, index or null, [start, stop]].
         """
         try:
             values = json.loads(text)
@@ -251,21 +203,28 @@ class EditSpec:
         if values.get("subject") is not None:
             values["subject"] = Subject.from_dict(values["subject"])
         if values.get("blend") is not None:
-            _require_fields(Blend, values["blend"])
-            values["blend"] = Blend(**values["blend"])
+            values["blend"] = Blend.from_dict(values["blend"])
         if isinstance(values.get("weights"), list):
-            values["weights"] = _weights_from_list(values["weights"])
+            values["weights"] = _from_triples(values["weights"], "weights", "['cat', null, 2.0]")
+        windows = values.get("cross_replace")
+        if isinstance(windows, list) and any(isinstance(own, list) for own in windows):
+            values["cross_replace"] = _from_triples(windows, "cross_replace", "['cat', null, [0.0, 0.4]]")
         return cls(**values)
 
 
-def _weights_from_list(triples: list[Any]) -> dict[Word, Any]:
-    weights = {}
+def _text_and_index(word: Word | None) -> tuple[str | None, int | None]:
+    return (word, None) if word is None or isinstance(word, str) else word
+
+
+def _from_triples(triples: list[Any], name: str, example: str) -> dict[Word | None, Any]:
+    values = {}
     for triple in triples:
         if not isinstance(triple, list) or len(triple) != 3:
-            raise EditSpecError(f"weights: {triple!r}; expected [word, index or null, factor], such as ['cat', null, 2.0]")
-        text, index, factor = triple
-        weights[_word(text if index is None else (text, index), "a word of weights")] = factor
-    return weights
+            raise EditSpecError(f"{name}: {triple!r}; expected [word, index or null, value], such as {example}")
+        text, index, value = triple
+        key = text if index is None else (text, index)
+        values[None if key is None else checks.word(key, f"a word of {name}")] = value
+    return values
 
 
 def _require_fields(kind: type, values: Mapping[str, Any]) -> None:
@@ -277,6 +236,21 @@ def _require_fields(kind: type, values: Mapping[str, Any]) -> None:
             raise EditSpecError(f"{kind.__name__} has no field {name!r}.{did_you_mean(name, names)} Fields: {names}")
 
 
+def replace(prompt: str, **changes: Any) -> EditSpec:
+    """Word Swap: words of the source's prompt give way to others, one for one; `changes` are other fields of `EditSpec`."""
+    return EditSpec(**{"prompt": prompt, "alignment": "replace", **changes})
+
+
+def refine(prompt: str, **changes: Any) -> EditSpec:
+    """Adding a New Phrase: what `prompt` says beyond the source's keeps its own attention; `changes` as in `replace`."""
+    return EditSpec(**{"prompt": prompt, "alignment": "refine", **changes})
+
+
+def reweight(weights: Mapping[Word, float], **changes: Any) -> EditSpec:
+    """Attention Re-weighting: words of the prompt count more, less or against; `changes` as in `replace`."""
+    return EditSpec(**{"weights": weights, **changes})
+
+
 def swap_subject(word: Word, subject: Subject, **changes: Any) -> EditSpec:
     """The edit that puts `subject` where `word` of the source prompt is; `changes` are other fields of `EditSpec`.
 
@@ -286,4 +260,24 @@ def swap_subject(word: Word, subject: Subject, **changes: Any) -> EditSpec:
     """
     if not isinstance(subject, Subject):
         raise SubjectError(f"subject={subject!r}; expected Subject(picture, category)")
-    return replace(EditSpec(swap=word, subject=subject, cross_replace=0.2), **changes)
+    return EditSpec(**{"swap": word, "subject": subject, "cross_replace": 0.2, **changes})
+
+
+def combine(*specs: EditSpec) -> EditSpec:
+    """One edit that does what several do, such as a subject swap that also reweights a word.
+
+    Weights are merged; of every other field, the value that is not the default holds. Raises `EditSpecError` where two specs
+    give one field, or one word's weight, different values.
+    """
+    default = reweight({"x": 1.0})
+    values: dict[str, Any] = {}
+    weights: dict[Word, float] = {}
+    for spec in specs:
+        given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "weights"}
+        own = {name: value for name, value in given.items() if value != getattr(default, name)}
+        for seen, new in ((values, own), (weights, spec.weights)):
+            for name, value in new.items():
+                if name in seen and seen[name] != value:
+                    raise EditSpecError(f"two edits give {name}: {seen[name]!r} and {value!r}; leave one of them out")
+                seen[name] = value
+    return EditSpec(**values, weights=weights)

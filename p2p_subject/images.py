@@ -60,13 +60,12 @@ def load_image(source: Any, *, what: str = "image") -> Image.Image:
         return _on_white(picture)
 
 
-def load_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
-    """Read a mask as a (H, W) float32 array in [0, 1] of `size` (W, H): 1 is edited, 0 is kept.
+def mask_values(mask: Any) -> np.ndarray:
+    """Read a mask as a (H, W) float32 array in [0, 1], of its own size: 1 is edited, 0 is kept.
 
     `mask` is a PIL image, a path, the bytes of a file, or a (H, W) array or tensor (further axes of length 1
-    are dropped): boolean, integers that are all 0 or 1, uint8, uint16, or float in [0, 1]. A mask of another
-    size is resized, one of zeros and ones only by nearest neighbour. Raises `MaskError` for anything else:
-    colours, transparency, NaN, values out of range, a mask that nowhere reaches `INSIDE`.
+    are dropped): boolean, integers that are all 0 or 1, uint8, uint16, or float in [0, 1]. Raises `MaskError` for
+    anything else: colours, transparency, NaN, values out of range.
     """
     name = _name(mask, "mask")
     values = _as_array(mask)
@@ -78,7 +77,15 @@ def load_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
         values = values[0] if values.shape[0] == 1 else values[..., 0]
     if values.ndim != 2 or not values.size:
         raise MaskError(f"{name} has shape {shape}, expected (H, W): one value for each pixel")
-    values = _to_unit(values, name)
+    return _to_unit(values, name)
+
+
+def load_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
+    """Read a mask as `mask_values` does and bring it to `size` (W, H); one of zeros and ones only by nearest neighbour.
+
+    Raises `MaskError` for what is no mask and for one that nowhere reaches `INSIDE`.
+    """
+    values = mask_values(mask)
     if values.shape != (size[1], size[0]):
         hard = bool(np.all((values == 0) | (values == 1)))
         resampling = Image.Resampling.NEAREST if hard else Image.Resampling.BILINEAR
@@ -86,7 +93,8 @@ def load_mask(mask: Any, size: tuple[int, int]) -> np.ndarray:
     if values.max() < INSIDE:
         reached = f"reaches only {values.max():.3g}, so it " if values.any() else ""
         raise MaskError(
-            f"{name} {reached}selects nothing at {size[0]}x{size[1]}; mark what to edit with 1 (white), at least {INSIDE}"
+            f"{_name(mask, 'mask')} {reached}selects nothing at {size[0]}x{size[1]}; mark what to edit with 1 (white), "
+            f"at least {INSIDE}"
         )
     return values
 

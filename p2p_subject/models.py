@@ -1,82 +1,115 @@
-"""From a name to a model that can be edited with: one adapter around a pipeline, all that the editor knows of networks."""
+"""From a name or a pipeline to a model that can be edited with: an adapter around it, all that the editor knows of networks."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from inversion import Move, Schedule, ScheduleError, StepsError, require_finite, to_epsilon
 from p2p_subject.attention import controlled_attention
-from p2p_subject.blip_diffusion import BlipDiffusionPipeline
-from p2p_subject.blip_diffusion.loading import model_folder
 from p2p_subject.blip_diffusion.weights import read_json
+from p2p_subject.context import Context
 from p2p_subject.controller import StepControl
-from p2p_subject.edits import Subject
 from p2p_subject.errors import ModelError, SubjectError
+from p2p_subject.fingerprint import fingerprint
 from p2p_subject.images import to_tensor
+from p2p_subject.loading import find_model, load_pipeline, miniature_folder
 from p2p_subject.outputs import to_pil
+from p2p_subject.subject import Subject
+from p2p_subject.supported import require_editable, unsupported
 from p2p_subject.tokens import TokenLayout, layout
 
+__all__ = ["MINIATURE", "SETTINGS", "Model", "fingerprint", "miniature_folder"]
+
 MINIATURE = "miniature"
-HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 SETTINGS = "editing.json"
-"""Optional file of a model folder: the guidance scale that suits it. Without it, the paper's 7.5."""
-
-
-def miniature_folder() -> Path:
-    """Folder of the model that comes with the library."""
-    return Path(str(files("p2p_subject"))) / "data" / MINIATURE
+"""Optional file of a model folder: the guidance scale that suits it. Without it, that of its kind."""
 
 
 class Model:
-    """A BLIP-Diffusion pipeline as the editor sees it: layouts, contexts, noise, latents.
+    """A pipeline as the editor sees it: layouts, contexts, noise, latents. `load` and `of` choose the subclass for its kind.
 
-    Letters: B rows, L columns of the text encoder, D its width, Nq query embeddings of a subject, (C, h, w) a latent.
+    Letters: B rows, L columns of the text encoder, D its width, Nq query embeddings of a subject, R rows of a U-Net call,
+    (C, h, w) a latent. Tensors are on `device`.
     """
 
-    def __init__(self, pipeline: BlipDiffusionPipeline, name: str, guidance_scale: float) -> None:
-        self.pipeline, self.name, self.guidance_scale = pipeline, name, guidance_scale
-        self.fingerprint = fingerprint(pipeline)
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    default_guidance: ClassVar[float] = 7.5
+    addition: ClassVar[str | None] = None
+    """What the U-Net is told beside timestep and text, in the words of its configuration."""
+
+    def __init__(self, pipeline: DiffusionPipeline, name: str, guidance_scale: float | None = None) -> None:
+        self.pipeline, self.name = pipeline, name
+        self.guidance_scale = self.default_guidance if guidance_scale is None else float(guidance_scale)
         self._lock = threading.RLock()
+        self.require_controllable()
 
-    @classmethod
+    @staticmethod
     def load(
-        cls, name: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | None = None, **options
+        name: str | Path | None = None, *, dtype: torch.dtype | None = None, device: str | None = None, **options: Any
     ) -> Model:
-        """Load the miniature (None), a folder or a hub name; `options` go to `BlipDiffusionPipeline.from_pretrained`.
+        """Load the miniature (None), a folder or a hub name, of BLIP-Diffusion or Stable Diffusion 1.x, 2.x or XL.
 
-        Raises `ModelError` when the folder or name is not a model, or a weight of it is missing.
+        `options` are those of `BlipDiffusionPipeline.from_pretrained`: hub options, `variant`, parts to replace. Raises
+        `ModelError` when the folder or name is no such model, or a weight of it is missing.
         """
-        folder = miniature_folder() if name is None else Path(name)
-        if name is None and not folder.is_dir():
-            raise ModelError("this installation lacks the miniature (p2p_subject/data); reinstall it, or name a model")
-        if not folder.is_dir():
-            hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-            folder = model_folder(name, [], options.get("variant"), **hub)
+        folder = find_model(name, options)
         # The miniature is stored in half precision and computed in single: a CPU has no fast half arithmetic.
-        pipeline = BlipDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype or torch.float32, **options)
+        pipeline = load_pipeline(folder, dtype or torch.float32, **options)
         if device is not None:
             try:
                 pipeline = pipeline.to(device)
             except (RuntimeError, AssertionError) as error:
                 raise ModelError(f"device={device!r} is not to be had here ({error}); try 'cpu'") from error
         settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-        return cls(pipeline, MINIATURE if name is None else str(name), float(settings.get("guidance_scale", 7.5)))
+        return Model.of(pipeline, MINIATURE if name is None else str(name), settings.get("guidance_scale"))
+
+    @staticmethod
+    def of(pipeline: DiffusionPipeline, name: str | None = None, guidance_scale: float | None = None) -> Model:
+        """Wrap a pipeline that is loaded, as it is: moved, offloaded, compiled, with LoRA adapters.
+
+        Raises `ModelError` for a pipeline of another kind, `HookError` for one with adapters that control would drop.
+        """
+        for kind in _kinds():
+            if isinstance(pipeline, kind.pipeline_class):
+                known = getattr(pipeline.config, "_name_or_path", None)
+                return kind(pipeline, name or known or type(pipeline).__name__, guidance_scale)
+        raise unsupported(type(pipeline).__name__, "pipeline")
+
+    def require_controllable(self) -> None:
+        """Raise `HookError` or `ModelError` unless the pipeline, as it is now, can be edited with; runs no network.
+
+        Adapters may have come since it was wrapped, so every job begins with this. Waits for a job of another thread.
+        """
+        with self._lock:
+            require_editable(self.pipeline, self.addition)
 
     @contextmanager
     def controlled(self) -> Iterator[None]:
         """Attention control for the duration of a `with` block; other threads that want it wait."""
         with self._lock, controlled_attention(self.unet):
             yield
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The U-Net's weights without gradients for the duration of a `with` block: what is optimised is a text embedding."""
+        with self._lock:
+            weights = [weight for weight in self.unet.parameters() if weight.requires_grad]
+            for weight in weights:
+                weight.requires_grad_(False)
+            try:
+                yield
+            finally:
+                for weight in weights:
+                    weight.requires_grad_(True)
 
     @property
     def unet(self):
@@ -87,6 +120,11 @@ class Model:
     def device(self) -> torch.device:
         """Where networks run."""
         return self.pipeline._execution_device
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the weights and adapters as they are now."""
+        return fingerprint(self.pipeline)
 
     @property
     def scale_factor(self) -> int:
@@ -101,7 +139,19 @@ class Model:
     @property
     def area(self) -> int:
         """Number of pixels of the pictures that the model was trained on."""
-        return (self.unet.config.sample_size * self.scale_factor) ** 2
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * width * self.scale_factor**2
+
+    @property
+    def window(self) -> int:
+        """Columns L of the text encoder."""
+        return self.pipeline.text_encoder.config.max_position_embeddings
+
+    @property
+    def queries(self) -> int:
+        """Columns Nq of the window that a subject takes; 0 where the model takes no subjects."""
+        return 0
 
     def schedule(self, steps: int) -> Schedule:
         """DDIM schedule of `steps` steps with the noise levels of the model's scheduler.
@@ -128,82 +178,92 @@ class Model:
         return Schedule(timesteps, alphas, float(ddim.final_alpha_cumprod), ddim.config.prediction_type)
 
     def layout(self, prompt: str, *, subject: bool = False) -> TokenLayout:
-        """What the text encoder sees for `prompt`, with room for a subject if asked."""
-        return layout(
-            self.pipeline.tokenizer,
-            prompt,
-            subject_queries=self.pipeline.qformer.config.num_query_tokens if subject else 0,
-            subject_position=self.pipeline.config.ctx_begin_pos,
-            max_length=self.pipeline.text_encoder.config.max_position_embeddings,
-        )
+        """What the text encoder sees for `prompt`, with room for a subject if asked.
+
+        Raises `PromptError`, `PromptTooLongError`; `SubjectError` where the model takes no subjects.
+        """
+        if subject:
+            raise self._no_subjects()
+        return layout(self.pipeline.tokenizer, prompt, max_length=self.window)
 
     def require_subject(self, subject: Subject) -> None:
-        """Raise `SubjectError` for a category that is too long for the Q-Former; runs no network."""
-        pieces = len(self.pipeline.qformer_tokenizer(subject.category).input_ids)
-        room = self.pipeline.qformer.config.qformer_config.max_position_embeddings
-        if pieces > room:
-            raise SubjectError(
-                f"category {subject.category!r} takes {pieces} word pieces of this model's {room}; name it in a simpler word"
-            )
+        """Raise `SubjectError` for a subject that the model cannot take; runs no network."""
+        raise self._no_subjects()
 
-    @torch.no_grad()
     def embed(self, subject: Subject) -> Tensor:
         """Embeddings of a subject, (1, Nq, D); the mean over its pictures."""
-        embeddings = self.pipeline.subject_embeddings([list(subject.pictures)], [subject.category])
-        if embeddings.shape[-1] != self.pipeline.text_encoder.config.hidden_size:
-            raise SubjectError(f"subject embeddings of width {embeddings.shape[-1]} do not fit the text encoder")
-        return embeddings
+        raise self._no_subjects()
 
-    @torch.no_grad()
-    def encode(self, layout: TokenLayout, subject: Tensor | None = None) -> Tensor:
-        """Context of a layout, (1, L, D) in the U-Net's dtype; `subject` (1, Nq, D) where the layout has one."""
-        ids = torch.tensor([layout.prompt_ids], device=self.device)
-        subject = None if subject is None else subject.to(self.device)
-        position = layout.subject.start if subject is not None else self.pipeline.config.ctx_begin_pos
-        return self.pipeline.text_encoder(ids, subject, position).to(self.unet.dtype)
+    def _no_subjects(self) -> SubjectError:
+        return SubjectError(
+            f"{self.name} ({type(self.pipeline).__name__}) takes no pictures of a subject; BLIP-Diffusion does. Load the "
+            'miniature (no name) or "Salesforce/blipdiffusion", or edit by words alone'
+        )
 
-    @torch.no_grad()
-    def noise(self, latents: Tensor, move: Move, context: Tensor, control: StepControl | None = None) -> Tensor:
-        """One U-Net call of R rows: float32 latents (R, C, h, w) and contexts (R, L, D) to float32 noise."""
-        output = self.unet(
-            latents.to(self.unet.dtype),
-            move.t,
-            encoder_hidden_states=context,
-            cross_attention_kwargs=None if control is None else {"control": control},
-        ).sample
+    def encode(self, layout: TokenLayout, subject: Tensor | None = None) -> Context:
+        """Context of a layout, one row in the U-Net's dtype; `subject` (1, Nq, D) where the layout has one."""
+        raise NotImplementedError
+
+    def unconditional(self, negative_prompt: str | None = None) -> Context:
+        """Context of what guidance leads away from, one row: a negative prompt, or nothing.
+
+        Raises `PromptError`, `PromptTooLongError`.
+        """
+        return self.encode(self.layout("" if negative_prompt is None else negative_prompt))
+
+    def noise(self, latents: Tensor, move: Move, context: Context, control: StepControl | None = None) -> Tensor:
+        """One U-Net call of R rows: float32 latents (R, C, h, w) and a context of R rows to float32 noise (R, C, h, w)."""
+        # A tensor, since a compiled U-Net would be compiled anew for every number.
+        timesteps = torch.full((len(latents),), move.t, device=latents.device)
+        output = self._call(latents, timesteps, context, control)
         return to_epsilon(output.float(), latents, move.alpha_t, self.pipeline.scheduler.config.prediction_type)
+
+    @torch.no_grad()
+    def trace(self, latents: Tensor, timesteps: Tensor, context: Context, control: StepControl) -> None:
+        """One U-Net call for what `control` reads of its attention alone; rows (R, C, h, w) may differ in timestep (R,)."""
+        self._call(latents, timesteps.to(latents.device), context, control)
+
+    def _call(self, latents: Tensor, timesteps: Tensor, context: Context, control: StepControl | None) -> Tensor:
+        """The U-Net's output (R, C, h, w) in its own dtype."""
+        return self.unet(
+            latents.to(self.unet.dtype),
+            timesteps,
+            encoder_hidden_states=context.tokens,
+            cross_attention_kwargs=None if control is None else {"control": control},
+            **self._added(latents, context),
+        ).sample
+
+    def _added(self, latents: Tensor, context: Context) -> dict[str, Any]:
+        """Arguments of the U-Net that only this kind has."""
+        return {}
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Latents (B, C, h, w) float32 of pictures of one size; the mean of the posterior, so the same every time."""
-        vae = self.pipeline.vae
-        pixels = to_tensor(images).to(self.device, vae.dtype)
-        latents = vae.encode(pixels).latent_dist.mean.float()
+        with self._autoencoder() as vae:
+            pixels = to_tensor(images).to(self.device, vae.dtype)
+            latents = vae.encode(pixels).latent_dist.mean.float()
         config = vae.config
         return require_finite((latents - (config.shift_factor or 0)) * config.scaling_factor, "latents of the picture")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of latents (B, C, h, w)."""
-        vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        return to_pil(vae.decode(latents.to(vae.dtype)).sample.float())
+        with self._autoencoder() as vae:
+            latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+            return to_pil(vae.decode(latents.to(vae.dtype)).sample.float())
+
+    @contextmanager
+    def _autoencoder(self) -> Iterator[AutoencoderKL]:
+        """The VAE in the precision that it needs."""
+        yield self.pipeline.vae
 
 
-def fingerprint(pipeline: BlipDiffusionPipeline) -> str:
-    """Short hash of what makes latents: U-Net, VAE, text encoder and noise levels.
+def _kinds() -> Iterator[type[Model]]:
+    from p2p_subject.blip import BlipDiffusionModel
 
-    Of each weight, name, shape and up to 4,096 signs: no precision changes a sign, so the same weights have the same
-    fingerprint in any of them, and training changes many.
-    """
-    digest = hashlib.sha256()
-    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        for name, weight in network.state_dict().items():
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            if weight.is_floating_point():
-                sample = weight.flatten()[:: max(1, weight.numel() // 4096)]
-                digest.update(torch.signbit(sample).cpu().numpy().tobytes())
-    config = pipeline.scheduler.config
-    keys = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
-    digest.update(repr([config.get(key) for key in keys]).encode())
-    return digest.hexdigest()[:16]
+    yield BlipDiffusionModel
+    # Only where it is needed: diffusers' own pipelines import much that BLIP-Diffusion does without.
+    from p2p_subject.stable_diffusion import StableDiffusionModel, StableDiffusionXLModel
+
+    yield from (StableDiffusionModel, StableDiffusionXLModel)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from p2p_subject.alignment import align
+from p2p_subject.alignment import Alignment, align, is_identity, refinement, replacement
 from p2p_subject.blend import competitors, rule_of
 from p2p_subject.edits import EditSpec, Word
 from p2p_subject.errors import PromptError, WordNotFoundError
@@ -19,19 +19,21 @@ Columns = tuple[int, ...]
 class Words:
     """Columns that make the mask in one prompt: those of the edited words, and those they compete with.
 
-    `labels` names each edited word with its own columns, for heat maps.
+    `labels` names each edited word with its own columns, for heat maps. `subtract` are the words whose region is taken out.
     """
 
     columns: Columns = ()
     others: Columns = ()
     labels: tuple[tuple[str, Columns], ...] = ()
+    subtract: Words | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The target's layout and the words whose attention makes the mask, in the source's and in the target's prompt."""
+    """The target's layout, its alignment with the source's, and the words of both prompts whose attention makes the mask."""
 
     layout: TokenLayout
+    alignment: Alignment
     source_words: Words
     target_words: Words
 
@@ -46,10 +48,11 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     target = layout(prompt, subject=spec.subject is not None or len(source.subject) > 0)
     if spec.subject is not None:
         require_subject_first(target, spec.subject.category)
-    for word in spec.weights:
+    for word in (*spec.weights, *spec.cross_windows()[1]):
         target.columns(*word_and_index(word))
+    alignment = aligned(source, target, spec)
     if spec.blend is None:
-        return Plan(target, Words(), Words())
+        return Plan(target, alignment, Words(), Words())
     rule_of(spec.blend.rule)
     named = spec.blend.source_words
     if named is None:
@@ -58,18 +61,36 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
         labels = _labelled(target, spec.blend.target_words)
     else:
         labels = _target_label(source, target, spec, place)
-    return Plan(target, _words(source, _labelled(source, named)), _words(target, labels))
+    ours, theirs = _subtracted(source, target, spec.blend.subtract)
+    return Plan(target, alignment, _words(source, _labelled(source, named), ours), _words(target, labels, theirs))
+
+
+def aligned(source: TokenLayout, target: TokenLayout, spec: EditSpec) -> Alignment:
+    """The alignment that an edit asks for; `EditSpecError` where the prompts do not allow it."""
+    if spec.alignment == "replace":
+        return replacement(source, target, padding=spec.padding)
+    if spec.alignment == "refine":
+        return refinement(source, target, padding=spec.padding)
+    return align(source, target, replaced="map", padding=spec.padding)
+
+
+def changes_nothing(source: TokenLayout, plan: Plan, spec: EditSpec) -> bool:
+    """Whether an edit is the identity: the same tokens, aligned with themselves, no weight and no other subject."""
+    unweighted = all(factor == 1 for factor in spec.weights.values())
+    return spec.subject is None and unweighted and plan.layout.ids == source.ids and is_identity(plan.alignment)
 
 
 def target_prompt(source: TokenLayout, spec: EditSpec) -> tuple[str, tuple[int, int] | None]:
     """The prompt of the edited picture, and the characters where the subject's category stands, if it was derived.
 
-    Derived, it is the source's with the category in place of the swapped word; an article before the word follows: "a cat on
-    grass" becomes "an owl on grass".
+    Derived, it is the source's, with the category in place of the swapped word if there is a subject; an article before the
+    word follows: "a cat on grass" becomes "an owl on grass".
     """
     columns = source.columns(*word_and_index(spec.swap)) if spec.swap is not None else ()
     if spec.prompt is not None:
         return spec.prompt, None
+    if spec.subject is None:
+        return source.prompt, None
     spans = [source.spans[column] for column in columns]
     before, after = source.prompt[: min(a for a, _ in spans)], source.prompt[max(b for _, b in spans) :]
     category = spec.subject.category
@@ -127,6 +148,22 @@ def _followers(source: TokenLayout, target: TokenLayout, spec: EditSpec) -> tupl
     return tuple(found)
 
 
-def _words(layout: TokenLayout, labels: tuple[tuple[str, Columns], ...]) -> Words:
+def _subtracted(source: TokenLayout, target: TokenLayout, words: tuple[Word, ...]) -> tuple[Words | None, Words | None]:
+    """The words to subtract in each prompt; a word need not be in both, but in one of them."""
+    found: list[list[tuple[str, Columns]]] = [[], []]
+    for word in words:
+        missing = []
+        for own, layout in zip(found, (source, target)):
+            try:
+                own += _labelled(layout, (word,))
+            except WordNotFoundError as error:
+                missing.append(error)
+        if len(missing) == 2:
+            raise missing[0]
+    ours, theirs = (_words(layout, tuple(own)) if own else None for own, layout in zip(found, (source, target)))
+    return ours, theirs
+
+
+def _words(layout: TokenLayout, labels: tuple[tuple[str, Columns], ...], subtract: Words | None = None) -> Words:
     columns = tuple(sorted({column for _, own in labels for column in own}))
-    return Words(columns, competitors(layout, columns), labels) if columns else Words()
+    return Words(columns, competitors(layout, columns) if columns else (), labels, subtract)

@@ -2,147 +2,159 @@
 
 Rows of a controlled call: `[source | unconditional targets ... | conditional targets ...]`. The source row has no
 unconditional half and no scale, because its latents are read from the stored trajectory: of its output nothing is used but
-the queries and keys that the targets borrow on the way. An edit of K targets costs 1 + 2 K rows a step.
+the queries and keys that the targets borrow on the way. So it is left out where they were recorded, and in the steps in which
+nothing is borrowed: K targets cost 1 + 2 K rows in the windows of the edit, and 2 K beyond them or with a recording.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inversion import Move, Trajectory
-from inversion.walk import After, Predict
-from p2p_subject.blend import binary_mask, blend, region, rule_of
-from p2p_subject.controller import Controller, MapSink, StepControl
+from inversion import Move, Trajectory, guide
+from inversion.walk import Predict
+from p2p_subject.blend import binary_mask, blend, region, rule_of, subtracted_region
+from p2p_subject.context import Context, stack
+from p2p_subject.controller import Controller, StepControl
 from p2p_subject.edits import Blend
+from p2p_subject.maps import MapMean
 from p2p_subject.prompts import Words
+from p2p_subject.recording import Recording
 
-Noise = Callable[[Tensor, Move, Tensor, StepControl | None], Tensor]
-"""`noise(latents (R, C, h, w), move, context (R, L, D), control) -> (R, C, h, w)`: one network call of R rows."""
-
-
-def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2021, eq. 6): 1 is the conditional prediction itself."""
-    return unconditional + scale * (conditional - unconditional)
+Noise = Callable[[Tensor, Move, Context, StepControl | None], Tensor]
+"""`noise(latents (R, C, h, w), move, context of R rows, control) -> (R, C, h, w)`: one network call of R rows."""
 
 
-def guided(noise: Noise, unconditional: Tensor, context: Tensor, scale: float, maps: MapMean | None = None) -> Predict:
-    """Prediction with guidance; contexts (1 or B, L, D). Two rows a latent, or one at scale 1, where nothing is guided.
+def guided(
+    noise: Noise, unconditional: Callable[[int], Context], context: Context, scale: float, maps: MapMean | None = None
+) -> Predict:
+    """Prediction with guidance; `context` of one row, `unconditional(index)` that of a sampling step.
 
-    `maps` receives the attention of the conditional rows; the network must then be under control.
+    Two rows a latent, or one at scale 1, where nothing is guided. `maps` receives the attention of the conditional rows; the
+    network must then be under control.
     """
 
     def predict(latents: Tensor, move: Move) -> Tensor:
-        contexts = [context] if scale == 1 else [unconditional, context]
-        rows = torch.cat([c.expand(len(latents), -1, -1) for c in contexts])
-        sink = None if maps is None else maps.sink(range(len(rows) - len(latents), len(rows)))
+        count = len(latents)
+        contexts = [context] if scale == 1 else [unconditional(move.index), context]
+        rows = stack([c.expand(count) for c in contexts])
+        sink = None if maps is None else maps.sink(range(len(rows) - count, len(rows)))
         control = None if sink is None else StepControl(rows=len(rows), sink=sink)
         predicted = noise(latents.repeat(len(contexts), 1, 1, 1), move, rows, control)
         if sink is not None:
-            maps.add(sink, move.index)
+            maps.add(sink.mean(), move.index)
         return predicted if scale == 1 else guide(*predicted.chunk(2), scale)
 
     return predict
 
 
-@dataclass
-class MapMean:
-    """Mean of attention maps over the steps of one run of `steps` steps, (rows, T, h, w).
-
-    From the middle of the run on, the mean is over the second half alone: maps of noisy steps are blurred (the masks of
-    unsupervised maps rise from .80 to .83 IoU without them).
-    """
-
-    size: tuple[int, int]
-    steps: int
-    halves: dict[bool, tuple[Tensor, int]] = field(default_factory=dict)
-
-    def sink(self, rows: Iterable[int]) -> MapSink:
-        """What a network call of this run should read: the maps of `rows` at this size."""
-        return MapSink(tuple(rows), self.size[0] * self.size[1])
-
-    def add(self, sink: MapSink, index: int) -> None:
-        """Take in what `sink` received in sampling step `index`."""
-        maps = sink.mean().transpose(1, 2).unflatten(-1, self.size)
-        late = index >= self.steps // 2
-        total, count = self.halves.get(late, (0, 0))
-        self.halves[late] = (total + maps, count + 1)
-
-    def mean(self) -> Tensor:
-        """Mean so far, (rows, T, h, w)."""
-        total, count = self.halves.get(True) or self.halves[False]
-        return total / count
-
-
 @dataclass(frozen=True)
 class Target:
-    """What sampling needs to know of one edit: its context (1, L, D) and how its mask is made.
+    """What sampling needs to know of one edit: its context of one row and how its mask is made.
 
     `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention.
     """
 
-    context: Tensor
+    context: Context
     blend: Blend | None
     source_words: Words
     target_words: Words
     fixed_mask: Tensor | None = None
 
-
-def scores(target: Target, source_maps: Tensor, target_maps: Tensor, size: tuple[int, int]) -> list[Tensor]:
-    """Scores (H, W) of the source's and the target's words at `size`, from maps (T, h, w)."""
-    rule, _ = rule_of(target.blend.rule)
-    return [
-        region(maps, words.columns, words.others, rule, size)
-        for maps, words in ((source_maps, target.source_words), (target_maps, target.target_words))
-        if words.columns
-    ]
+    @property
+    def follows_running_maps(self) -> bool:
+        """Whether the mask is made from maps of the edit's own steps alone, the source's included."""
+        return self.blend is not None and self.blend.maps == "running" and self.fixed_mask is None
 
 
-def threshold_of(blend_spec: Blend) -> float:
-    """The threshold of a blend: its own, or that of its rule."""
-    return rule_of(blend_spec.rule)[1] if blend_spec.threshold is None else blend_spec.threshold
+def edit_mask(target: Target, source_maps: Tensor, target_maps: Tensor, size: tuple[int, int], grow: int) -> Tensor | None:
+    """The mask (H, W) of an edit at `size`, float32 of 0 and 1, from maps (T, h, w); None where no words make one."""
+    rule = rule_of(target.blend.rule)
+    threshold = rule.threshold if target.blend.threshold is None else target.blend.threshold
+    found, taken_out = [], []
+    for maps, words in ((source_maps, target.source_words), (target_maps, target.target_words)):
+        if words.columns:
+            found.append(region(maps, words.columns, words.others, rule, size))
+        if words.subtract is not None:
+            taken_out.append(subtracted_region(maps, words.subtract.columns, words.subtract.others, rule, size))
+    return binary_mask(found, threshold, grow, taken_out) if found else None
 
 
-def controlled(
-    noise: Noise,
-    source: Trajectory,
-    source_maps: Tensor,
-    source_context: Tensor,
-    unconditional: Tensor,
-    targets: list[Target],
-    controller: Controller,
-    scale: float,
-    maps: MapMean,
-) -> tuple[Predict, After]:
-    """The pair that edits: `predict` for the targets beside the source's stored latents, and the blend `after` a step.
+@dataclass(frozen=True)
+class EditRun:
+    """Edits of one source under way: `predict` and `after` are what `walk` takes.
 
     `source_maps` (T, h, w) were recorded when the source was made, so its region is known from the first step; `maps` receives
-    those of the conditional targets, after the edit.
+    those of the conditional targets, after the edit, and `running_maps` those of the source, where a target asks for them.
+    `unconditional(index)` is the unconditional context of a step; `calls` the rows of every network call so far.
     """
-    count = len(targets)
-    context = torch.cat([source_context, unconditional.expand(count, -1, -1), *[target.context for target in targets]])
 
-    def predict(latents: Tensor, move: Move) -> Tensor:
-        sink = maps.sink(controller.targets())
-        stacked = torch.cat([source.before(move.index), latents, latents])
-        predicted = noise(stacked, move, context, controller.at(move.index, sink))
-        maps.add(sink, move.index)
-        return guide(*predicted[1:].chunk(2), scale)
+    noise: Noise
+    calls: list[int]
+    source: Trajectory
+    source_maps: Tensor
+    source_context: Context
+    unconditional: Callable[[int], Context]
+    targets: list[Target]
+    controller: Controller
+    scale: float
+    maps: MapMean
+    running_maps: MapMean
+    recording: Recording | None = None
 
-    def mask_of(target: Target, own: Tensor, index: int, size: tuple[int, int]) -> Tensor | None:
-        if target.fixed_mask is not None:
-            return target.fixed_mask
-        if target.blend is None or index < int(target.blend.start * controller.steps):
+    def predict(self, latents: Tensor, move: Move) -> Tensor:
+        """Guided noise of the targets, (K, C, h, w), beside the source's stored latents."""
+        count, index, controller = len(self.targets), move.index, self.controller
+        running = any(target.follows_running_maps for target in self.targets)
+        recorded = self._recorded(index, running)
+        replays = recorded is None and (running or controller.crosses(index) or controller.borrows(index) > 0)
+        contexts = [self.source_context] if replays else []
+        if self.scale != 1:
+            contexts.append(self.unconditional(index).expand(count))
+        context = stack([*contexts, *[target.context for target in self.targets]])
+
+        rows = len(context)
+        read = range(rows - count, rows)
+        sink = self.maps.sink([0, *read] if running and replays else read)
+        stacked = torch.cat([*[self.source.before(index)] * replays, *[latents] * (1 if self.scale == 1 else 2)])
+        predicted = self.noise(stacked, move, context, controller.at(index, rows, sink, recorded))
+
+        maps = sink.mean()
+        self.maps.add(maps[-count:], index)
+        if running:
+            own = maps[:1] if replays else self.recording.maps_at(index, maps.device)
+            self.running_maps.add(own, index)
+        predicted = predicted[int(replays) :]
+        return predicted if self.scale == 1 else guide(*predicted.chunk(2), self.scale, self.source.proximal)
+
+    def _recorded(self, index: int, running: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """The source's queries and keys of a step, if the recording holds all that the step borrows."""
+        if self.recording is None:
             return None
-        found = scores(target, source_maps, own, size)
-        return binary_mask(found, threshold_of(target.blend), target.blend.grow) if found else None
+        controller = self.controller
+        crosses, pixels = controller.crosses(index), controller.borrows(index)
+        if not self.recording.holds(index, crosses or running, pixels):
+            return None
+        return self.recording.at(index, crosses, pixels, self.source.latents.device)
 
-    def after(latents: Tensor, move: Move) -> Tensor:
-        kept = source.after(move.index)[0]
-        masks = [mask_of(target, own, move.index, latents.shape[-2:]) for target, own in zip(targets, maps.mean())]
-        return torch.stack([x if mask is None else blend(x, kept, mask) for x, mask in zip(latents, masks)])
+    def after(self, latents: Tensor, move: Move) -> Tensor:
+        """Edited latents inside each target's mask, the source's outside."""
+        kept = self.source.after(move.index)[0]
+        size = tuple(latents.shape[-2:])
+        blended = []
+        for k, (x, target) in enumerate(zip(latents, self.targets)):
+            waits = target.blend is None or move.index < int(target.blend.start * self.controller.steps + 1e-9)
+            mask = None if waits else target.fixed_mask
+            if mask is None and not waits:
+                mask = edit_mask(target, *self.seen(k), size, target.blend.grow)
+            blended.append(x if mask is None else blend(x, kept, mask))
+        return torch.stack(blended)
 
-    return predict, after
+    def seen(self, k: int) -> tuple[Tensor, Tensor]:
+        """The maps (T, h, w) of source and target so far that make the mask of target `k`."""
+        if self.targets[k].follows_running_maps:
+            return self.running_maps.running()[0], self.maps.running()[k]
+        return self.source_maps, self.maps.mean()[k]

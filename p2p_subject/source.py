@@ -13,6 +13,7 @@ from torch import Tensor
 from inversion import Trajectory, TrajectoryError
 from inversion.trajectory import read_safetensors, write_safetensors
 from p2p_subject.images import Frame
+from p2p_subject.recording import Recording
 
 
 # Compared by identity, as trajectories are.
@@ -21,8 +22,8 @@ class Source:
     """What an edit starts from.
 
     `trajectory` of the generation, the full-size picture `image` (RGB), `frame` how it was fitted to the model, `attention`
-    (T, h, w) float32 the mean cross-attention of every column of its prompt, recorded on the way, and `subject` (1, Nq, D), the
-    embeddings of the subject it was generated with, if any.
+    (T, h, w) float32 the mean cross-attention of every column of its prompt, recorded on the way, `subject` (1, Nq, D), the
+    embeddings of the subject it was generated with, if any, and `recording`, if it was made, what lets edits run without it.
     """
 
     trajectory: Trajectory
@@ -30,14 +31,18 @@ class Source:
     frame: Frame
     attention: Tensor
     subject: Tensor | None = None
+    recording: Recording | None = None
 
     @property
     def prompt(self) -> str:
         """The text that describes the picture."""
         return self.trajectory.prompt
 
-    def save(self, path: str | Path) -> None:
-        """Write trajectory and picture to one safetensors file, whole or not at all; `OutputError` where that fails."""
+    def save(self, path: str | Path, *, recording: bool = False) -> None:
+        """Write trajectory and picture to one safetensors file, whole or not at all; `OutputError` where that fails.
+
+        `recording` writes the recording as well, if there is one: about a gigabyte at 512x512 pixels in half precision.
+        """
         tensors, metadata = self.trajectory.pack()
         tensors |= {
             "image": torch.from_numpy(np.array(self.image)),
@@ -46,6 +51,8 @@ class Source:
         }
         if self.subject is not None:
             tensors["subject"] = self.subject.cpu().contiguous()
+        if recording and self.recording is not None:
+            tensors |= {name: tensor.cpu().contiguous() for name, tensor in self.recording.tensors().items()}
         write_safetensors(path, tensors, metadata)
 
     @classmethod
@@ -68,7 +75,9 @@ class Source:
                 raise TrajectoryError(f"{path}: {name} is {tuple(given.shape)} {given.dtype}; expected ({expected}) {kind}")
         image = Image.fromarray(tensors["image"].numpy())
         width, height = tensors["model_size"].tolist()
-        return cls(trajectory, image, Frame(image.size, (width, height)), tensors["attention"], tensors.get("subject"))
+        frame = Frame(image.size, (width, height))
+        recording = Recording.from_tensors(tensors, str(path))
+        return cls(trajectory, image, frame, tensors["attention"], tensors.get("subject"), recording)
 
 
 _SHAPES = {

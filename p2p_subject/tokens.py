@@ -255,7 +255,8 @@ def _piece_spans(prompt: str, pieces: list[str], byte_decoder: dict[str, int]) -
 
 def _check_known(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], spans: list[Span]) -> None:
     # CLIP's token for the unknown is its end token: left in the prompt, the encoder would stop reading there.
-    special = set(tokenizer.all_special_ids)
+    # Not the padding: Stable Diffusion 2 and XL pad with "!", which is also a word of theirs.
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     unknown = dict.fromkeys(prompt[slice(*span)] for id_, span in zip(ids, spans) if id_ in special)
     if unknown:
         raise PromptError(

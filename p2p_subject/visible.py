@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from p2p_subject.blend import binary_mask, heat, region
+from p2p_subject.blend import RULES, region
 from p2p_subject.images import INSIDE, Frame
 from p2p_subject.outputs import dilate
 from p2p_subject.prompts import Columns, Plan
-from p2p_subject.sampling import Target, scores, threshold_of
+from p2p_subject.sampling import Target, edit_mask
 
 SUBJECT, TARGET = " (subject)", " (target)"
 """What a key of `heat_maps` ends with where the source's prompt has the same word."""
+
+HEAT = RULES["heat"]
 
 _NUMBER = re.compile(r"#\d+$")
 
@@ -28,32 +30,30 @@ def latent_mask(mask: np.ndarray, size: tuple[int, int]) -> Tensor:
     return (F.adaptive_max_pool2d(torch.from_numpy(mask)[None, None], size)[0, 0] >= INSIDE).float()
 
 
-def pixel_mask(target: Target, maps: Tensor, frame: Frame, cell: float) -> np.ndarray | None:
-    """The edit's mask at the picture's own size, (H, W) float32 of 0 and 1, or None for a global edit.
+def pixel_mask(target: Target, source_maps: Tensor, target_maps: Tensor, frame: Frame, cell: float) -> np.ndarray | None:
+    """The edit's mask at the picture's own size, (H, W) float32 of 0 and 1, or None where no words make one.
 
-    `maps` (2, T, h, w): mean maps of source and target; `cell`: pixels of the picture a side of one latent pixel. The scores
-    are enlarged before they are thresholded, so the outline is finer than the maps.
+    Mean maps (T, h, w) of source and target; `cell`: pixels of the picture a side of one latent pixel. The scores are enlarged
+    before they are thresholded, so the outline is finer than the maps.
     """
-    if target.blend is None:
-        return None
     width, height = frame.original_size
-    found = scores(target, maps[0], maps[1], (height, width))
-    return dilate(binary_mask(found, threshold_of(target.blend)).numpy(), round(target.blend.grow * cell)) if found else None
+    mask = edit_mask(target, source_maps, target_maps, (height, width), grow=0)
+    return None if mask is None else dilate(mask.numpy(), round(target.blend.grow * cell))
 
 
-def heat_maps(maps: Tensor, plan: Plan, size: tuple[int, int]) -> dict[str, Image.Image]:
+def heat_maps(source_maps: Tensor, target_maps: Tensor, plan: Plan, size: tuple[int, int]) -> dict[str, Image.Image]:
     """Heat maps of the edited words at `size` (width, height), each over its maximum; those of the source's prompt first.
 
     The key is the word. Several places of one word in one prompt are "cat#0", "cat#1" in reading order. A word that is edited
     in both prompts is the source's; the target's is "dog (subject)" where it is the inserted subject, else "dog (target)".
     """
     width, height = size
-    keyed = [(key, maps[0], columns) for key, columns in _distinct(plan.source_words.labels)]
+    keyed = [(key, source_maps, columns) for key, columns in _distinct(plan.source_words.labels)]
     taken = {word for word, _ in plan.source_words.labels}
     for key, columns in _distinct(plan.target_words.labels):
         suffix = SUBJECT if set(plan.layout.subject) & set(columns) else TARGET
-        keyed.append((key + suffix if _NUMBER.sub("", key) in taken else key, maps[1], columns))
-    return {key: to_gray(region(own, columns, (), heat, (height, width)).numpy()) for key, own, columns in keyed}
+        keyed.append((key + suffix if _NUMBER.sub("", key) in taken else key, target_maps, columns))
+    return {key: to_gray(region(own, columns, (), HEAT, (height, width)).numpy()) for key, own, columns in keyed}
 
 
 def _distinct(labels: tuple[tuple[str, Columns], ...]) -> Iterator[tuple[str, Columns]]:

@@ -21,8 +21,7 @@ class PieceTokenizer:
 
     is_fast = True
     model_max_length = 48
-    bos_token_id, eos_token_id, pad_token_id = 0, 1, 1
-    all_special_ids = (0, 1)
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id = 0, 1, 1, 1
 
     def __init__(self):
         self._ids = {}

@@ -153,7 +153,7 @@ def test_every_figure_runs_and_is_recorded(miniature_folder: Path, tmp_path: Pat
     assert not [row for row in rows if "error" in row]
     assert {(row["group"], row["index"]) for row in rows} == {(group, index) for group in groups for index in (0, 1)}
     swaps = [row for row in rows if row["group"] == "swap"]
-    assert all(row["exact"] and row["rows"] == 3 for row in swaps)
+    assert all(row["exact"] and 2 <= row["rows"] < 3 for row in swaps)
     report = json.loads((tmp_path / "figures.json").read_text())
     assert report["environment"]["fingerprint"] and report["settings"]["count"] == 2
     assert [figure["title"] for figure in report["figures"]] == [line.title for line in LINES]
@@ -199,10 +199,10 @@ def test_a_folder_that_is_no_model_is_refused_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_edit_costs_three_rows_a_step(miniature_folder: Path) -> None:
+def test_an_edit_costs_three_rows_in_its_windows_and_two_beyond(miniature_folder: Path) -> None:
     torch.set_num_threads(1)
-    timed = cost.timed(Editor.from_pretrained(miniature_folder), steps=2, repeats=1)
-    assert {name: rows for name, (_, rows) in timed.items()} == {"generation": 2, "inversion": 1, "edit": 3}
+    timed = cost.timed(Editor.from_pretrained(miniature_folder), steps=5, repeats=1)
+    assert {name: rows for name, (_, rows) in timed.items()} == {"generation": 2, "inversion": 1, "edit": 2.4}
     assert all(seconds > 0 for seconds, _ in timed.values())
     assert cost.resident_peak() > 10 * 2**20
     text = cost.table([cost.Cost("generation", 1.0, 2, 2**20), cost.Cost("edit", 1.5, 3, 2**21)])

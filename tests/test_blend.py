@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from p2p_subject.blend import RULES, binary_mask, blend, competitors, peak, region, rule_of, share
+from p2p_subject.blend import RULES, binary_mask, blend, competitors, peak, region, rule_of, share, subtracted_region
 from p2p_subject.errors import EditSpecError
 from p2p_subject.tokens import layout
 from p2p_subject.training.tokenizers import save_clip_tokenizer
@@ -32,7 +32,7 @@ def attention(draw) -> torch.Tensor:
 @given(maps=attention(), rule=st.sampled_from(sorted(RULES)), size=sizes)
 @settings(deadline=None)
 def test_scores_are_bounded_and_finite_whatever_the_maps(maps: torch.Tensor, rule: str, size: tuple[int, int]) -> None:
-    score = region(maps, (0, 1), (2,), RULES[rule][0], size)
+    score = region(maps, (0, 1), (2,), RULES[rule], size)
     assert score.shape == size and torch.isfinite(score).all()
     assert score.min() >= 0 and score.max() <= 1 + 1e-6
 
@@ -41,7 +41,7 @@ def test_scores_are_bounded_and_finite_whatever_the_maps(maps: torch.Tensor, rul
 @settings(deadline=None)
 def test_masks_shrink_with_the_threshold_and_grow_with_grow(maps, rule, low, high, grow) -> None:
     low, high = sorted((low, high))
-    score = RULES[rule][0](maps, (0,), (2,))
+    score = RULES[rule].score(maps, (0,), (2,))
     wide, narrow = binary_mask([score], low, grow), binary_mask([score], high, grow)
     assert (narrow <= wide).all() and set(wide.unique().tolist()) <= {0.0, 1.0}
     assert (binary_mask([score], high) <= narrow).all()
@@ -53,6 +53,24 @@ def test_the_mask_of_two_prompts_is_the_union_of_their_masks(first: torch.Tensor
     other = torch.rand(first.shape[1:], generator=torch.Generator().manual_seed(seed))
     both = binary_mask([first[0], other], 0.3)
     assert torch.equal(both.bool(), binary_mask([first[0]], 0.3).bool() | binary_mask([other], 0.3).bool())
+
+
+@given(maps=attention(), rule=st.sampled_from(sorted(RULES)), size=sizes, threshold=st.floats(0, 1))
+@settings(deadline=None)
+def test_what_is_subtracted_is_not_in_the_mask(maps, rule, size, threshold) -> None:
+    whole = [region(maps, (0,), (2,), RULES[rule], size)]
+    out = subtracted_region(maps, (1,), (2,), RULES[rule], size)
+    left = binary_mask(whole, threshold, 0, [out])
+    assert not (left.bool() & (out > threshold)).any()
+    assert torch.equal(left.bool() | ((out > threshold) & (whole[0] > threshold)), whole[0] > threshold)
+
+
+def test_the_published_rule_enlarges_by_nearest_neighbour_and_subtracts_unpooled() -> None:
+    maps = torch.zeros(2, 4, 4)
+    maps[0, 1, 1] = maps[1, 2, 2] = 1.0
+    score = region(maps, (0,), (), RULES["peak"], (8, 8))
+    assert set(score.unique().tolist()) == {0.0, 1.0} and score.sum() == 9 * 4
+    assert subtracted_region(maps, (1,), (), RULES["peak"], (8, 8)).sum() == 4
 
 
 def test_share_covers_an_object_of_which_peak_sees_the_peak() -> None:

@@ -14,9 +14,14 @@ import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
-from p2p_subject import cli, commands, demo, editor
+from p2p_subject import cli, commands, demo, editor, inverting
 from p2p_subject.edits import Blend, EditSpec
 from p2p_subject.training import world
+
+
+def test_the_command_line_offers_every_inversion_method() -> None:
+    assert list(cli.METHODS) == list(inverting.METHODS)
+
 
 HEAVY = ("torch", "diffusers", "transformers", "scipy", "numpy", "PIL")
 
@@ -111,7 +116,7 @@ class TestEdit:
         class Recorder:
             def __init__(self, editor):
                 self.editor = editor
-                self.model, self.invert = editor.model, editor.invert
+                self.model, self.invert, self.guidance_scale = editor.model, editor.invert, editor.guidance_scale
 
             def edit(self, source, spec, **options):
                 seen.update(spec=spec, **options)
@@ -306,6 +311,19 @@ class TestMistakes:
     def test_folder_that_is_no_model(self, shell):
         code, _, err = shell("info", model=shell.folder)
         assert code == 2 and "model_index.json" in err and err.count("\n") == 1
+
+    def test_weights_are_words_and_numbers(self, shell):
+        for bad, told in (("cat", "'cat'"), ("=2", "'=2'"), ("cat=much", "'much'"), ("cat=inf", "'inf'"), ("cat=nan", "'nan'")):
+            code, _, err = shell("edit", "{scene}", "--prompt", "a cat", "--weight", bad, "--out", "{tmp}/o.png")
+            assert code == 2 and f"argument --weight: {told}; expected a" in err
+
+    def test_a_saved_source_keeps_its_method(self, shell):
+        kept = ("edit", "{scene}", "--prompt", "a cat on grass", "--weight", "cat=2", "--method", "negative_prompt")
+        assert shell(*kept, "--steps", "2", "--out", "{tmp}/a.png", "--save-source", "{tmp}/s.safetensors")[0] == 0
+        again = ("edit", "{tmp}/s.safetensors", "--weight", "cat=2", "--out", "{tmp}/b.png")
+        assert shell(*again)[0] == 0
+        code, _, err = shell(*again, "--method", "direct")
+        assert code == 2 and "was made by 'negative_prompt', not 'direct'; leave --method out" in err
 
     def test_a_saved_source_knows_its_prompt_and_steps(self, shell):
         shell.report(*SWAP, "--save-source", "{tmp}/scene.safetensors")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from inversion import ModelMismatchError, NonFiniteError, StepsError, TrajectoryError
-from p2p_subject import Blend, Editor, EditSpec, Source, Subject, swap_subject
+from p2p_subject import Blend, Editor, EditSpec, Source, Subject, combine, reweight, swap_subject
 from p2p_subject.errors import (
+    ArgumentError,
     EditSpecError,
     HookError,
     ImageError,
@@ -65,10 +66,60 @@ def test_a_swap_returns_pictures_of_the_inputs_size(editor, dog) -> None:
         assert result.prompt == "a dog on grass" and torch.isfinite(result.latents).all()
 
 
-def test_an_edit_of_an_inverted_source_runs_three_rows_a_step(editor, source, dog) -> None:
-    swap = swap_subject("cat", dog)
-    assert editor.edit(source, swap).unet_rows == 3 * STEPS
-    assert [r.unet_rows for r in editor.edit(source, [swap, swap])] == [5 * STEPS] * 2
+def test_an_edit_runs_three_rows_in_its_windows_and_two_beyond_or_with_a_recording(editor, source, dog) -> None:
+    whole = swap_subject("cat", dog, cross_replace=1.0)
+    assert editor.edit(source, whole).unet_rows == 3 * STEPS
+    assert [r.unet_rows for r in editor.edit(source, [whole, whole])] == [5 * STEPS] * 2
+    half = swap_subject("cat", dog, cross_replace=0.5, self_replace=0.25)
+    assert editor.edit(source, half).unet_rows == 3 * 2 + 2 * 2
+    assert editor.edit(editor.record(source, cross_replace=1.0), whole).unet_rows == 2 * STEPS
+    assert editor.edit(source, whole, guidance_scale=1).unet_rows == 2 * STEPS
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_edits_of_a_recorded_source_equal_the_others(editor, source, dog, device) -> None:
+    recorded = editor.record(source, cross_replace=0.5, self_replace=0.5, device=device)
+    specs = [
+        swap_subject("cat", dog, cross_replace=0.5, self_replace=0.5),
+        # Wider than what was recorded: the steps beyond run with the source.
+        EditSpec(prompt="a cat on sand", cross_replace=1.0, self_replace=0.75, blend=None),
+        EditSpec(prompt="a bus on grass", swap="cat", blend=Blend(maps="running", rule="peak"), self_resolution=4),
+    ]
+    for spec in specs:
+        ours, theirs = editor.edit(recorded, spec), editor.edit(source, spec)
+        assert (ours.latents - theirs.latents).abs().max() < 1e-4
+        assert ours.unet_rows < theirs.unet_rows
+    batched = editor.edit(recorded, specs)
+    for together, spec in zip(batched, specs):
+        assert (together.latents - editor.edit(source, spec).latents).abs().max() < 1e-4
+
+
+def test_a_recording_survives_saving_if_asked(editor, source, dog, tmp_path) -> None:
+    recorded = editor.record(source)
+    recorded.save(tmp_path / "r.safetensors", recording=True)
+    recorded.save(tmp_path / "s.safetensors")
+    read = Source.load(tmp_path / "r.safetensors")
+    spec = swap_subject("cat", dog)
+    assert same(editor.edit(read, spec), editor.edit(recorded, spec)) and read.recording.bytes == recorded.recording.bytes
+    assert editor.edit(read, spec).unet_rows == 2 * STEPS
+    assert Source.load(tmp_path / "s.safetensors").recording is None
+
+
+def test_a_recording_keeps_within_its_budget(editor, source, dog) -> None:
+    whole = editor.record(source, cross_replace=1.0, self_replace=1.0).recording
+    assert whole.cross_steps == whole.self_steps == STEPS
+    with pytest.warns(UserWarning, match="the recording holds 2 of 4 steps"):
+        part = editor.record(source, cross_replace=1.0, self_replace=1.0, budget=int(0.6 * whole.bytes))
+    assert part.recording.cross_steps == 2 and part.recording.bytes <= 0.6 * whole.bytes
+    assert editor.edit(part, swap_subject("cat", dog, cross_replace=1.0)).unet_rows == 2 * 2 + 3 * 2
+    with pytest.warns(UserWarning, match="the recording holds 0 of 4 steps"):
+        none = editor.record(source, cross_replace=1.0, budget=0)
+    spec = swap_subject("cat", dog)
+    assert same(editor.edit(none, spec), editor.edit(source, spec))
+
+
+def test_inverting_with_record_records(editor) -> None:
+    assert editor.invert(picture(), "a cat", steps=2, record=True).recording is not None
 
 
 def test_latents_outside_the_mask_are_the_sources_at_every_step(editor, source, dog) -> None:
@@ -104,12 +155,95 @@ def test_the_background_is_bit_exact_outside_the_feathered_mask(editor, source, 
     assert not np.array_equal(np.asarray(pasted_off.image)[~inside], np.asarray(source.image)[~inside])
 
 
-def test_a_no_op_edit_reproduces_the_source_exactly(editor) -> None:
-    """Same prompt, everything replaced, guidance 1: the target's row computes what the source's does, up to row order."""
-    source = editor.generate("a cat on grass", seed=3, steps=STEPS, guidance_scale=1)
-    spec = EditSpec(prompt="a cat on grass", cross_replace=1.0, self_replace=1.0, blend=None)
-    result = editor.edit(source, spec, guidance_scale=1)
+def test_a_no_op_edit_equals_the_plain_run_exactly(editor) -> None:
+    source = editor.generate("a cat on grass", seed=3, steps=STEPS, guidance_scale=2.5)
+    with pytest.warns(UserWarning, match="is the identity"):
+        result = editor.edit(source, EditSpec(prompt="a cat on grass", cross_replace=0, self_replace=0, blend=None))
+    assert torch.equal(result.latents, source.trajectory.clean)
+
+
+def test_following_the_source_in_everything_reproduces_it(editor) -> None:
+    """Same prompt, everything replaced: the target's rows compute what the source's do, up to the order of rows."""
+    source = editor.generate("a cat on grass", seed=3, steps=STEPS)
+    spec = EditSpec(prompt="a cat on grass", cross_replace=1.0, self_replace=1.0, self_resolution=16, blend=None)
+    with pytest.warns(UserWarning, match="is the identity"):
+        result = editor.edit(source, spec)
     assert (result.latents - source.trajectory.clean).abs().max() < 1e-4
+
+
+def test_weights_alone_are_an_edit(editor, source) -> None:
+    plain = EditSpec(prompt="a cat on grass", blend=None, cross_replace=1.0)
+    with pytest.warns(UserWarning, match="identity"):
+        unweighted = editor.edit(source, plain)
+    weighted = editor.edit(source, reweight({"cat": -2.0}, blend=None, cross_replace=1.0))
+    assert weighted.prompt == "a cat on grass"
+    assert not torch.equal(weighted.latents, unweighted.latents)
+    assert same(weighted, editor.edit(source, combine(plain, reweight({"cat": -2.0}))))
+
+
+def test_each_spec_may_bring_its_own_mask(editor, source, dog) -> None:
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, :32], masks[1, 32:] = True, True
+    results = editor.edit(source, [swap_subject("cat", dog, blend=Blend(mask=mask)) for mask in masks])
+    assert all(np.array_equal(np.asarray(result.mask) > 0, mask) for result, mask in zip(results, masks))
+    shared = editor.edit(source, swap_subject("cat", dog), mask=masks[0])
+    assert np.array_equal(shared.mask, results[0].mask)
+    hard = editor.edit(source, swap_subject("cat", dog, blend=Blend(mask=masks[0], feather=0)))
+    assert np.array_equal(np.asarray(hard.image)[32:], np.asarray(source.image)[32:])
+
+
+def test_skipped_steps_are_the_sources(editor, source, dog) -> None:
+    seen = []
+    spec = swap_subject("cat", dog, blend=None, cross_replace=1.0)
+    result = editor.edit(source, spec, skip=0.5, callback=lambda step, latents: seen.append(step))
+    assert seen == [2, 3] and result.unet_rows == 3 * 2
+    for bad in (1, -0.1, "half", True):
+        with pytest.raises(ArgumentError, match="skip="):
+            editor.edit(source, spec, skip=bad)
+
+
+def test_a_generated_source_is_edited_at_its_own_guidance(editor, dog) -> None:
+    source = editor.generate("a cat on grass", seed=3, steps=2, guidance_scale=5.0)
+    spec = swap_subject("cat", dog)
+    assert same(editor.edit(source, spec), editor.edit(source, spec, guidance_scale=5.0))
+
+
+METHODS = {
+    "direct": {},
+    "ddim": {},
+    "fixed_point": {"iterations": 3},
+    "negative_prompt": {"proximal": 0.7},
+    "null_text": {"inner_steps": 2},
+    "edit_friendly": {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_inversion_can_be_edited_and_saved(editor, dog, tmp_path, method) -> None:
+    source = editor.invert(picture(), "a cat on grass", steps=STEPS, method=method, **METHODS[method])
+    assert source.trajectory.method == method and torch.isfinite(source.attention).all()
+    result = editor.edit(source, swap_subject("cat", dog))
+    assert torch.isfinite(result.latents).all() and not torch.equal(result.latents, source.trajectory.clean)
+    source.save(tmp_path / "s.safetensors")
+    assert same(editor.edit(Source.load(tmp_path / "s.safetensors"), swap_subject("cat", dog)), result)
+    # Only the published DDIM edit generates the source again.
+    assert result.unet_rows == (3 + 2 * (method == "ddim")) * 1 + (2 + 2 * (method == "ddim")) * (STEPS - 1)
+
+
+def test_unknown_methods_and_options_are_refused_before_any_network(editor, monkeypatch) -> None:
+    Counted(editor, monkeypatch)
+    with pytest.raises(ArgumentError, match="Did you mean 'null_text'"):
+        editor.invert(picture(), "a cat", method="nulltext")
+    with pytest.raises(ArgumentError, match=r"'null_text' has no option 'inner_step'; Did you mean 'inner_steps'"):
+        editor.invert(picture(), "a cat", method="null_text", inner_step=3)
+    with pytest.raises(ArgumentError, match="'direct' has no option 'seed'.* none"):
+        editor.invert(picture(), "a cat", seed=3)
+
+
+def test_a_negative_prompt_against_an_inversion_that_sets_it_is_refused(editor, dog) -> None:
+    source = editor.invert(picture(), "a cat on grass", steps=2, method="negative_prompt")
+    with pytest.raises(ArgumentError, match="sets the unconditional embeddings itself"):
+        editor.edit(source, swap_subject("cat", dog), negative_prompt="blurry")
 
 
 def test_same_seed_same_pixels_and_edits_leave_no_trace(editor, source, dog) -> None:
@@ -154,7 +288,7 @@ def test_sources_survive_saving(editor, source, dog, tmp_path) -> None:
 def test_a_generated_source_can_be_edited_and_its_subject_swapped(editor, dog) -> None:
     source = editor.generate("a dog on grass", subject=dog, seed=0, steps=STEPS)
     result = editor.edit(source, swap_subject("dog", Subject(picture(seed=2), "cat")))
-    assert result.prompt == "a cat on grass" and result.unet_rows == 3 * STEPS
+    assert result.prompt == "a cat on grass" and 2 * STEPS < result.unet_rows < 3 * STEPS
 
 
 def test_a_subject_the_source_was_generated_with_stays_in_a_text_edit(editor, dog) -> None:
@@ -282,10 +416,10 @@ def test_bad_input_is_refused_before_any_network_runs(editor, source, dog, monke
     for bad in ("a dog", [], [3]):
         with pytest.raises(EditSpecError, match="expected an EditSpec"):
             editor.edit(source, bad)
-    with pytest.raises(EditSpecError, match="output_type"):
+    with pytest.raises(ArgumentError, match="output_type"):
         editor.edit(source, swap_subject("cat", dog), output_type="tensor")
     for scale in (-1, float("nan"), "high"):
-        with pytest.raises(EditSpecError, match="guidance_scale"):
+        with pytest.raises(ArgumentError, match="guidance_scale"):
             editor.edit(source, swap_subject("cat", dog), guidance_scale=scale)
     with pytest.raises(EditSpecError, match="multiples of 16"):
         editor.generate("a cat", size=(60, 64))

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from p2p_subject import Blend, EditSpec, Subject, swap_subject
-from p2p_subject.errors import AmbiguousWordError, EditSpecError, ImageError, SubjectError, WordNotFoundError
-from p2p_subject.prompts import describe, target_prompt
+from p2p_subject import Blend, EditSpec, Subject, combine, edits, refine, reweight, swap_subject
+from p2p_subject.errors import AmbiguousWordError, EditSpecError, ImageError, MaskError, SubjectError, WordNotFoundError
+from p2p_subject.prompts import changes_nothing, describe, target_prompt
 from p2p_subject.tokens import layout
 from p2p_subject.training.tokenizers import save_clip_tokenizer
 
@@ -26,17 +26,24 @@ windows = fractions | st.tuples(fractions, fractions).map(lambda pair: tuple(sor
 blends = st.builds(
     Blend,
     source_words=st.none() | st.lists(st.sampled_from(["cat", ("cat", 1)]), max_size=2).map(tuple),
+    subtract=st.lists(st.sampled_from(["hat", ("hat", 1)]), max_size=2).map(tuple),
     rule=st.sampled_from(["peak", "share"]),
     threshold=st.none() | fractions,
     start=fractions,
     grow=st.integers(0, 3),
+    feather=st.none() | st.floats(0, 9),
+    maps=st.sampled_from(["recorded", "running"]),
+    mask=st.none() | st.integers(1, 255).map(lambda level: np.full((2, 3), level, np.uint8)),
 )
 words = st.text(min_size=1, max_size=5).filter(str.strip)
+# Not empty: weights act within it.
+full = st.floats(0.1, 1) | st.tuples(st.floats(0, 0.4), st.floats(0.5, 1))
 specs = st.builds(
     EditSpec,
     prompt=st.text(min_size=1, max_size=20),
-    # Not empty: weights act within it.
-    cross_replace=st.floats(0.1, 1) | st.tuples(st.floats(0, 0.4), st.floats(0.5, 1)),
+    alignment=st.sampled_from(["words", "replace", "refine"]),
+    padding=st.sampled_from(["shifted", "reference"]),
+    cross_replace=full | st.dictionaries(st.none() | words | st.tuples(words, st.integers(0, 3)), full, min_size=1, max_size=3),
     self_replace=windows,
     self_resolution=st.none() | st.integers(1, 64),
     weights=st.dictionaries(words | st.tuples(words, st.integers(0, 3)), st.floats(-9, 9), max_size=2),
@@ -61,6 +68,12 @@ def test_subjects_survive_json_with_their_pixels() -> None:
     ("fields", "message"),
     [
         ({}, "needs a prompt, or a swap and a subject"),
+        ({"prompt": "x", "alignment": "refin"}, "alignment='refin'; Did you mean 'refine'.* expected one of"),
+        ({"prompt": "x", "padding": None}, "padding=None; expected one of"),
+        ({"prompt": "x", "cross_replace": {}}, "cross_replace={}; expected a fraction"),
+        ({"prompt": "x", "cross_replace": {"cat": 2}}, r"cross_replace\['cat'\]=2; expected a fraction"),
+        ({"prompt": "x", "cross_replace": {3: 0.2}}, "a word of cross_replace=3; expected a word"),
+        ({"prompt": "x", "cross_replace": {None: 0, "cat": 0}, "weights": {"cat": 2}}, "can have no effect"),
         ({"prompt": "x", "cross_replace": 1.5}, r"cross_replace=1.5; expected a fraction"),
         ({"prompt": "x", "self_replace": (0.8, 0.2)}, r"start <= stop"),
         ({"prompt": "x", "self_resolution": 0}, "self_resolution=0"),
@@ -98,7 +111,8 @@ def test_specs_that_contradict_themselves_are_refused(fields: dict, message: str
     "fields",
     [
         {"threshold": 2}, {"threshold": True}, {"start": -0.1}, {"start": None}, {"grow": -1}, {"grow": 1.5}, {"grow": True},
-        {"rule": 3}, {"rule": ["peak"]}, {"source_words": "cat"}, {"target_words": 3},
+        {"rule": 3}, {"rule": ["peak"]}, {"source_words": "cat"}, {"target_words": 3}, {"subtract": "hat"}, {"subtract": None},
+        {"feather": -1}, {"feather": float("nan")}, {"feather": True}, {"maps": "late"}, {"maps": None},
     ],
 )  # fmt: skip
 def test_blends_out_of_range_are_refused(fields: dict) -> None:
@@ -156,7 +170,10 @@ def test_subject_pictures_are_read_at_once() -> None:
         ('{"prompt": "x", "cross_replace": NaN}', "cross_replace=nan"),
         ('{"prompt": "x", "blend": 3}', "blend=3; expected an object"),
         ('{"prompt": "x", "blend": ""}', "blend=''; expected an object"),
-        ('{"prompt": "x", "weights": [["cat", 2.0]]}', r"\['cat', 2.0\]; expected \[word, index or null, factor\]"),
+        ('{"prompt": "x", "weights": [["cat", 2.0]]}', r"\['cat', 2.0\]; expected \[word, index or null, value\]"),
+        ('{"prompt": "x", "cross_replace": [["cat", 0.5]]}', r"\['cat', 0.5\]; expected \[word, index or null, value\]"),
+        ('{"prompt": "x", "blend": {"mask": 3}}', "mask: not base64"),
+        ('{"prompt": "x", "blend": {"mask": "??"}}', "mask: not base64"),
         ('{"prompt": "x", "weights": [["cat", null, "2"]]}', "weights.*'2'; expected a finite number"),
         ('{"prompt": "x", "swap": ["cat"]}', r"swap=\['cat'\]; expected a word"),
     ],
@@ -182,6 +199,31 @@ def test_json_whose_subject_is_none_is_refused(subject: str, message: str) -> No
         EditSpec.from_json(f'{{"swap": "cat", "subject": {subject}}}')
     with pytest.raises(SubjectError, match="subject='dog'; expected Subject"):
         EditSpec(swap="cat", subject="dog")
+
+
+def test_a_mask_that_is_none_is_refused_when_the_spec_is_made() -> None:
+    for bad in (PICTURE.convert("RGB"), np.full((4, 4), np.nan), "no/such/mask.png"):
+        with pytest.raises(MaskError):
+            Blend(mask=bad)
+
+
+def test_builders_make_the_published_edits() -> None:
+    assert refine("a fluffy cat").alignment == "refine" and edits.replace("a dog").alignment == "replace"
+    weighted = reweight({"cat": -2.0}, cross_replace=0.5)
+    assert weighted.prompt is None and weighted.weights == {"cat": -2.0} and weighted.cross_replace == (0.0, 0.5)
+
+
+def test_edits_combine() -> None:
+    swap = swap_subject("cat", Subject(PICTURE, "dog"))
+    blend = Blend(source_words=("cat", "hat"))
+    both = combine(swap, reweight({"snowy": 2.0}), reweight({"hat": -1.0}, blend=blend))
+    assert both.subject == swap.subject and both.swap == "cat" and both.cross_replace == (0.0, 0.2)
+    assert both.weights == {"snowy": 2.0, "hat": -1.0} and both.blend == blend
+    assert combine(refine("a snowy cat", blend=None), reweight({"snowy": 2.0})).blend is None
+    with pytest.raises(EditSpecError, match="two edits give snowy: 2.0 and 3.0"):
+        combine(reweight({"snowy": 2.0}), reweight({"snowy": 3.0}))
+    with pytest.raises(EditSpecError, match="two edits give cross_replace"):
+        combine(swap, refine("a cat", cross_replace=0.5))
 
 
 def test_weights_in_json_name_places_of_words() -> None:
@@ -212,6 +254,43 @@ def test_the_target_prompt_follows_from_the_source(tokenizer, prompt, word, cate
     source = layout(tokenizer, prompt, max_length=48)
     text, (start, stop) = target_prompt(source, swap_subject(word, Subject(PICTURE, category)))
     assert text == expected and text[start:stop] == category
+
+
+def test_weights_alone_keep_the_prompt(tokenizer) -> None:
+    source = layout(tokenizer, "a snowy hill", max_length=48)
+    assert target_prompt(source, reweight({"snowy": 2.0})) == ("a snowy hill", None)
+
+
+def test_an_edit_that_changes_nothing_is_known(tokenizer) -> None:
+    def made(prompt: str, subject: bool = False):
+        return layout(tokenizer, prompt, max_length=48)
+
+    source = made("a cat on grass")
+    for spec, nothing in (
+        (EditSpec(prompt="a cat on grass"), True),
+        (EditSpec(prompt="A cat  on grass", weights={"cat": 1.0}), True),
+        (refine("a cat on grass", padding="reference"), True),
+        (EditSpec(prompt="a cat on sand"), False),
+        (reweight({"cat": 2.0}), False),
+    ):
+        assert changes_nothing(source, describe(source, spec, made), spec) is nothing
+
+
+def test_subtracted_words_may_be_in_either_prompt_but_in_one(tokenizer) -> None:
+    source = layout(tokenizer, "a cat and a hat", max_length=48)
+
+    def target(prompt: str, subject: bool):
+        return layout(tokenizer, prompt, max_length=48)
+
+    def plan(*subtract: str):
+        return describe(source, EditSpec(prompt="a fox and a cap", swap="cat", blend=Blend(subtract=subtract)), target)
+
+    both = plan("hat", "cap")
+    assert both.source_words.subtract.columns == source.columns("hat")
+    assert both.target_words.subtract.columns == both.layout.columns("cap")
+    assert plan("cap").source_words.subtract is None
+    with pytest.raises(WordNotFoundError, match="'bag' is not in the prompt"):
+        plan("bag")
 
 
 def test_words_are_checked_before_any_network_runs(tokenizer) -> None:

@@ -136,7 +136,7 @@ def test_bad_trajectories_and_files_are_refused(tmp_path) -> None:
     schedule = make_schedule(3)
     with pytest.raises(TrajectoryError, match=r"needs \(4, C, h, w\)"):
         Trajectory(torch.zeros(3, 4, 2, 2), schedule, "", "ddim")
-    with pytest.raises(TrajectoryError, match="2 null embeddings for 3 steps"):
+    with pytest.raises(TrajectoryError, match=r"null embeddings of shape \(2, 5, 3\) for 3 steps"):
         Trajectory(torch.zeros(4, 4, 2, 2), schedule, "", "ddim", null_embeddings=torch.zeros(2, 5, 3))
     with pytest.raises(NonFiniteError):
         Trajectory(torch.full((4, 4, 2, 2), torch.nan), schedule, "", "ddim")

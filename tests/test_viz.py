@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from p2p_subject import viz
-from p2p_subject.editor import EditResult
+from p2p_subject.alignment import Alignment
+from p2p_subject.context import Context
 from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
 from p2p_subject.errors import ImageError
 from p2p_subject.images import Frame
 from p2p_subject.prompts import Plan, Words
+from p2p_subject.results import EditResult
 from p2p_subject.sampling import Target
 from p2p_subject.tokens import TokenLayout
 from p2p_subject.visible import heat_maps, pixel_mask
@@ -124,7 +126,8 @@ def test_sizes_and_shares():
 
 def plan_of(source: tuple, target: tuple, subject: range = range(0)) -> Plan:
     layout = TokenLayout("", (0,) * 8, (None,) * 8, subject)
-    return Plan(layout, Words(labels=source), Words(labels=target))
+    alignment = Alignment(torch.eye(8), torch.ones(8))
+    return Plan(layout, alignment, Words(labels=source), Words(labels=target))
 
 
 class TestHeatMaps:
@@ -151,7 +154,7 @@ class TestHeatMaps:
         ],
     )
     def test_no_word_hides_another(self, maps, plan, expected):
-        found = heat_maps(maps, plan, (8, 8))
+        found = heat_maps(*maps, plan, (8, 8))
         assert list(found) == list(expected)
         for key, (prompt, column) in expected.items():
             heat = np.asarray(found[key])
@@ -172,7 +175,7 @@ class TestHeatMaps:
             (plan_of((("cat", (1,)),), (("bus", (2,)),)), EditSpec(prompt="a bus", swap="cat")),
         ):  # fmt: skip
             seen.clear()
-            found = heat_maps(maps, plan, (8, 8))
+            found = heat_maps(*maps, plan, (8, 8))
             edit_sheet(EditResult(edited, None, found, source, torch.zeros(1), "", 0, spec), "")
             assert seen == [source] * (len(found) - 1) + [edited]
         assert "attention to “dog” in the source" in captions and "attention to “dog” in the result" in captions
@@ -181,7 +184,7 @@ class TestHeatMaps:
 def test_a_mask_of_a_photo_grows_without_a_wait():
     maps = torch.zeros(2, 2, 16, 16)
     maps[0, 1, 8, 8] = maps[:, 0, 0, 0] = 1
-    target = Target(torch.zeros(1), Blend(rule="peak", grow=6), Words((1,), (0,)), Words())
-    mask = pixel_mask(target, maps, Frame((2400, 1600), (128, 64)), 150.0)
+    target = Target(Context(torch.zeros(1, 2, 1)), Blend(rule="peak", grow=6), Words((1,), (0,)), Words())
+    mask = pixel_mask(target, *maps, Frame((2400, 1600), (128, 64)), 150.0)
     assert mask.shape == (1600, 2400) and set(np.unique(mask)) == {0, 1} and mask[:, 900:].any()
-    assert not pixel_mask(replace(target, blend=Blend(rule="peak")), maps, Frame((24, 16), (24, 16)), 1.0).all()
+    assert not pixel_mask(replace(target, blend=Blend(rule="peak")), *maps, Frame((24, 16), (24, 16)), 1.0).all()

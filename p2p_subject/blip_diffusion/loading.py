@@ -73,13 +73,13 @@ def model_folder(name: str | Path, needed: list[str], variant: str | None, **dow
         download: `revision`, `token`, `cache_dir`, `local_files_only` of `huggingface_hub.snapshot_download`.
 
     Raises:
-        ModelError: there is no such folder or name, or it is not a BLIP-Diffusion model.
+        ModelError: there is no such folder or name, or it is not a complete model.
     """
     folder = Path(name)
     if not folder.is_dir():
         if folder.exists() or not _HUB_NAME.fullmatch(str(name)):
             raise ModelError(
-                f"{str(name)!r} is no folder and no hub name; pass the folder of a saved BLIP-Diffusion "
+                f"{str(name)!r} is no folder and no hub name; pass the folder of a saved "
                 'model or a name such as "Salesforce/blipdiffusion".'
             )
         folder = _download(str(name), variant, download)
@@ -87,9 +87,8 @@ def model_folder(name: str | Path, needed: list[str], variant: str | None, **dow
     missing = [path for path in expected if not (folder / path).is_file()]
     if missing:
         raise ModelError(
-            f"{folder} is not a complete BLIP-Diffusion model: {', '.join(missing)} missing. Expected the "
-            f"layout of Salesforce/blipdiffusion: {', '.join(expected)}. Pass the folder that holds "
-            "model_index.json, or download the model again."
+            f"{folder} is not a complete model: {', '.join(missing)} missing. Expected "
+            f"{', '.join(expected)}. Pass the folder that holds model_index.json, or download the model again."
         )
     return folder
 

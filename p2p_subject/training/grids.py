@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from inversion import walk
+from p2p_subject.context import stack
 from p2p_subject.models import Model
 from p2p_subject.outputs import save_image, to_pil
 from p2p_subject.sampling import guided
@@ -34,25 +36,26 @@ def reconstruction_grid(vae: AutoencoderKL, path: Path, count: int = 12) -> None
 
 
 @torch.no_grad()
-def sample_batch(model: Model, prompts: list[str], subjects: Tensor | None, seed: int, steps: int, scale: float) -> Tensor:
-    """Latents (B, C, h, w) of B prompts, with subjects (B, Nq, D) or without; seeds count up from `seed`."""
-    layouts = [model.layout(prompt, subject=subjects is not None) for prompt in prompts]
-    context = torch.cat(
-        [model.encode(words, None if subjects is None else subjects[k : k + 1]) for k, words in enumerate(layouts)]
-    )
+def sample_batch(
+    model: Model, prompts: Sequence[str], subjects: Sequence[Tensor | None], seeds: Sequence[int], steps: int, scale: float
+) -> list[Image.Image]:
+    """Pictures of B prompts in one batch, each with its subject (1, Nq, D) or without, from the noise of its own seed."""
+    contexts = [
+        model.encode(model.layout(prompt, subject=subject is not None), subject) for prompt, subject in zip(prompts, subjects)
+    ]
     side = model.unet.config.sample_size
-    noise = torch.cat(
-        [torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed + k)) for k in range(len(prompts))]
-    ).to(model.device)
-    predict = guided(model.noise, model.encode(model.layout("")), context, scale)
-    return walk(predict, noise, model.schedule(steps).sampling())
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn(1, 4, side, side, generator=own) for own in generators]).to(model.device)
+    unconditional = model.unconditional(None)
+    predict = guided(model.noise, lambda index: unconditional, stack(contexts), scale)
+    return model.decode(walk(predict, noise, model.schedule(steps).sampling()))
 
 
 @torch.no_grad()
 def generation_grid(weights: Path, vae_folder: Path, path: Path, count: int = 12, steps: int = 25, scale: float = 3.0) -> None:
     """Reference, generation with it, generation from the caption alone, and a true scene; unseen hues in the last half."""
     pipeline = assemble(weights, vae_folder, path.parent / "tokenizers")
-    model = Model(pipeline, "run", scale)
+    model = Model.of(pipeline, "run", scale)
     splits = ["validation"] * (count // 2) + ["new_hue"] * (count - count // 2)
     scenes = [world.draw(world.sample(split, index)) for index, split in enumerate(splits)]
     references = [world.reference(s.spec.look, split, i) for i, (s, split) in enumerate(zip(scenes, splits))]
@@ -60,8 +63,8 @@ def generation_grid(weights: Path, vae_folder: Path, path: Path, count: int = 12
     subjects = pipeline.subject_embeddings(
         [Image.fromarray(reference) for reference in references], [scene.spec.look.category for scene in scenes]
     )
-    with_subject = model.decode(sample_batch(model, captions, subjects, 0, steps, scale))
-    from_text = model.decode(sample_batch(model, captions, None, 0, steps, scale))
+    with_subject = sample_batch(model, captions, subjects.split(1), range(count), steps, scale)
+    from_text = sample_batch(model, captions, [None] * count, range(count), steps, scale)
     rows = [references, [np.asarray(i) for i in with_subject], [np.asarray(i) for i in from_text], [s.image for s in scenes]]
     save_image(tiled(rows), path)
 

@@ -1,0 +1,54 @@
+"""BLIP-Diffusion as the editor sees it: prompts may hold a subject, given by pictures (Li et al. 2023, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.context import Context
+from p2p_subject.errors import SubjectError
+from p2p_subject.models import Model
+from p2p_subject.subject import Subject
+from p2p_subject.tokens import TokenLayout, layout
+
+
+class BlipDiffusionModel(Model):
+    """A `BlipDiffusionPipeline`, the one kind that takes subjects."""
+
+    pipeline_class = BlipDiffusionPipeline
+
+    @property
+    def queries(self) -> int:
+        return self.pipeline.qformer.config.num_query_tokens
+
+    def layout(self, prompt: str, *, subject: bool = False) -> TokenLayout:
+        return layout(
+            self.pipeline.tokenizer,
+            prompt,
+            subject_queries=self.queries if subject else 0,
+            subject_position=self.pipeline.config.ctx_begin_pos,
+            max_length=self.window,
+        )
+
+    def require_subject(self, subject: Subject) -> None:
+        pieces = len(self.pipeline.qformer_tokenizer(subject.category).input_ids)
+        room = self.pipeline.qformer.config.qformer_config.max_position_embeddings
+        if pieces > room:
+            raise SubjectError(
+                f"category {subject.category!r} takes {pieces} word pieces of this model's {room}; name it in a simpler word"
+            )
+
+    @torch.no_grad()
+    def embed(self, subject: Subject) -> Tensor:
+        embeddings = self.pipeline.subject_embeddings([list(subject.pictures)], [subject.category])
+        if embeddings.shape[-1] != self.pipeline.text_encoder.config.hidden_size:
+            raise SubjectError(f"subject embeddings of width {embeddings.shape[-1]} do not fit the text encoder")
+        return embeddings
+
+    @torch.no_grad()
+    def encode(self, layout: TokenLayout, subject: Tensor | None = None) -> Context:
+        ids = torch.tensor([layout.prompt_ids], device=self.device)
+        subject = None if subject is None else subject.to(self.device)
+        position = layout.subject.start if subject is not None else self.pipeline.config.ctx_begin_pos
+        return Context(self.pipeline.text_encoder(ids, subject, position).to(self.unet.dtype))

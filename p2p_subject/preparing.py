@@ -1,0 +1,115 @@
+"""From a source and its edits to a run that can be walked: everything is checked first, then texts are encoded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from inversion import Move, Trajectory, reconstruct
+from p2p_subject.attention import map_size
+from p2p_subject.context import Context
+from p2p_subject.controller import StepControl, compile_edits
+from p2p_subject.edits import EditSpec
+from p2p_subject.errors import ArgumentError
+from p2p_subject.images import load_mask
+from p2p_subject.maps import MapMean
+from p2p_subject.models import Model
+from p2p_subject.prompts import Plan, changes_nothing, describe
+from p2p_subject.sampling import EditRun, Target, guided
+from p2p_subject.source import Source
+from p2p_subject.visible import latent_mask
+
+Trace = Callable[[range, StepControl], None]
+"""`trace(steps, control)` runs the network once under `control`, with a row for each of those steps of a source."""
+
+
+def tracer(model: Model, trajectory: Trajectory, context: Context) -> Trace:
+    """What reads the attention of a stored generation: its steps are independent, so one call takes several."""
+    latents = trajectory.to(model.device)
+
+    def trace(steps: range, control: StepControl) -> None:
+        rows = torch.cat([latents.before(index) for index in steps])
+        timesteps = torch.tensor([trajectory.schedule.timesteps[index] for index in steps])
+        model.trace(rows, timesteps, context.expand(len(steps)), control)
+
+    return trace
+
+
+def plan(model: Model, source: Source, specs: Sequence[EditSpec]) -> list[Plan]:
+    """Work out what each edit means for the source, and refuse what can be refused without running a network."""
+    model.require_controllable()
+    source.trajectory.require_model(model.fingerprint)
+    original = model.layout(source.prompt, subject=source.subject is not None)
+    plans = [describe(original, spec, model.layout) for spec in specs]
+    for spec, made in zip(specs, plans):
+        if spec.subject is not None:
+            model.require_subject(spec.subject)
+        if spec.blend is not None and spec.blend.mask is not None:
+            load_mask(spec.blend.mask, source.image.size)
+        if changes_nothing(original, made, spec):
+            warnings.warn(
+                f"the edit {made.layout.prompt!r} is the identity: prompt and weights are the source's own", stacklevel=4
+            )
+    return plans
+
+
+def prepare(
+    model: Model,
+    source: Source,
+    specs: Sequence[EditSpec],
+    plans: Sequence[Plan],
+    scale: float,
+    negative_prompt: str | None,
+    progress: Callable[[Iterable[Move]], Iterable[Move]],
+) -> EditRun:
+    """Compile the edits, encode their texts and subjects; a source that is to be replayed is, at `scale`."""
+    trajectory = source.trajectory.to(model.device)
+    if negative_prompt is not None and trajectory.null_embeddings is not None:
+        raise ArgumentError(
+            f"negative_prompt={negative_prompt!r}, but the source was inverted by {trajectory.method!r}, which sets the "
+            "unconditional embeddings itself; leave it out, or invert by 'direct'"
+        )
+    size, steps = tuple(trajectory.latents.shape[-2:]), trajectory.schedule.steps
+    layouts = [made.layout for made in plans]
+    controller = compile_edits(specs, [made.alignment for made in plans], layouts, steps, size, model.device)
+    negative = model.unconditional(negative_prompt)
+    original = model.encode(model.layout(source.prompt, subject=source.subject is not None), source.subject)
+    targets = [_target(model, source, spec, made, size) for spec, made in zip(specs, plans)]
+    calls: list[int] = []
+
+    def unconditional(index: int) -> Context:
+        null = trajectory.unconditional(index)
+        return negative if null is None else negative.with_tokens(null)
+
+    def noise(latents: Tensor, move: Move, context: Context, control: StepControl | None = None) -> Tensor:
+        calls.append(len(latents))
+        return model.noise(latents, move, context, control)
+
+    followed = trajectory
+    if trajectory.replay:
+        followed = reconstruct(guided(noise, unconditional, original, scale), trajectory, progress=progress)
+    return EditRun(
+        noise=noise,
+        calls=calls,
+        source=followed,
+        source_maps=source.attention.to(model.device),
+        source_context=original,
+        unconditional=unconditional,
+        targets=targets,
+        controller=controller,
+        scale=scale,
+        maps=MapMean(map_size(model.unet, size), steps),
+        running_maps=MapMean(map_size(model.unet, size), steps),
+        recording=source.recording,
+    )
+
+
+def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tuple[int, int]) -> Target:
+    subject = source.subject if spec.subject is None else model.embed(spec.subject)
+    fixed = None
+    if spec.blend is not None and spec.blend.mask is not None:
+        fixed = latent_mask(load_mask(spec.blend.mask, source.image.size), size).to(model.device)
+    return Target(model.encode(made.layout, subject), spec.blend, made.source_words, made.target_words, fixed)

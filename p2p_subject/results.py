@@ -1,0 +1,84 @@
+"""What an edit returns, and how it is put together from latents and attention maps."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from p2p_subject.edits import EditSpec
+from p2p_subject.images import load_mask
+from p2p_subject.outputs import feather, paste_back, restore
+from p2p_subject.prompts import Plan
+from p2p_subject.sampling import EditRun, Target
+from p2p_subject.source import Source
+from p2p_subject.visible import heat_maps, pixel_mask, to_gray
+
+
+@dataclass(frozen=True, eq=False)
+class EditResult:
+    """An edit. Pictures have the size of the source picture.
+
+    `image` is the edited picture (None with output_type="latent"); `mask` what was edited (mode "L", 0 or 255; None for a
+    global edit; up to one latent pixel around it, pixels fade into the original); `maps` a heat map (mode "L") for each word
+    that made the mask; `source_image` the picture edited; `latents` (1, C, h, w) float32; `prompt` that of the target;
+    `unet_rows` the rows that all U-Net calls of the edit had.
+    """
+
+    image: Image.Image | None
+    mask: Image.Image | None
+    maps: dict[str, Image.Image]
+    source_image: Image.Image
+    latents: Tensor
+    prompt: str
+    unet_rows: int
+    spec: EditSpec = field(repr=False)
+
+
+def result_of(
+    k: int,
+    run: EditRun,
+    source: Source,
+    spec: EditSpec,
+    plan: Plan,
+    latents: Tensor,
+    image: Image.Image | None,
+    scale_factor: int,
+    paste: bool,
+) -> EditResult:
+    """The result of edit `k` of a run; `latents` (1, C, h, w) and `image`, if decoded, at the model's size."""
+    source_maps, target_maps = (maps.cpu() for maps in run.seen(k))
+    # Pixels a side of one latent pixel: edits reach half a one beyond their mask and fade over another half.
+    cell = scale_factor * max(source.image.size) / max(source.frame.model_size)
+    pixels = _pixels(run.targets[k], spec, source, source_maps, target_maps, cell)
+    if pixels is not None and not pixels.any():
+        warnings.warn(f"the mask of {plan.layout.prompt!r} is empty: nothing changed; lower its threshold", stacklevel=4)
+    if image is not None:
+        image = restore(image, source.frame)
+        if paste and pixels is not None:
+            width = cell / 2 if spec.blend.feather is None else spec.blend.feather
+            image = paste_back(source.image, image, feather(pixels, round(width), width))
+    return EditResult(
+        image=image,
+        mask=None if pixels is None else to_gray(pixels),
+        maps=heat_maps(source_maps, target_maps, plan, source.image.size),
+        source_image=source.image,
+        latents=latents,
+        prompt=plan.layout.prompt,
+        unet_rows=sum(run.calls),
+        spec=spec,
+    )
+
+
+def _pixels(
+    target: Target, spec: EditSpec, source: Source, source_maps: Tensor, target_maps: Tensor, cell: float
+) -> np.ndarray | None:
+    """The mask at the picture's own size, or None for a global edit."""
+    if spec.blend is None:
+        return None
+    if spec.blend.mask is not None:
+        return load_mask(spec.blend.mask, source.image.size)
+    return pixel_mask(target, source_maps, target_maps, source.frame, cell)
