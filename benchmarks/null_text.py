@@ -3,8 +3,9 @@
     python -m benchmarks.null_text --pictures 4
 
 Both are given clean latents and captions, and a network without gradients of weights. Counted are U-Net rows, forward and
-backward; a backward row is taken as two forward ones, though without gradients of weights it takes the time of one. The error is
-that of guided sampling with the embeddings found: mean square against the inverted latents over all steps, and PSNR of the picture.
+backward; a backward row is taken as two forward ones, though without gradients of weights it takes the time of one. The error
+is that of guided sampling with the embeddings found: mean square against the inverted latents over all steps, and PSNR of the
+picture.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.metrics import psnr
-from inversion import Move, Schedule, Trajectory, ddim, ddim_move, guide, null_text, null_text_batch, reconstruct
-from p2p_subject.context import Context, stack
+from inversion import Move, Schedule, Trajectory, ddim, ddim_move, guide, null_text_batch, reconstruct
+from p2p_subject.context import Context
 from p2p_subject.models import Model
 from p2p_subject.training import world
 
@@ -119,9 +120,75 @@ def in_one_batch(
     model = network.model
     with torch.no_grad():
         null, *contexts = (model.encode(model.layout(text)).tokens.float() for text in ("", *captions))
-    return null_text_batch(
-        network, latents, schedule, torch.cat(contexts), null, guidance_scale=scale, prompts=captions
-    )
+    return null_text_batch(network, latents, schedule, torch.cat(contexts), null, guidance_scale=scale, prompts=captions)
 
 
 METHODS: dict[str, Method] = {"published": published, "ours": ours, "ours, one batch": in_one_batch}
+
+
+@torch.no_grad()
+def errors(network: Network, found: Trajectory, picture: np.ndarray) -> tuple[float, float]:
+    """Mean squared error of the latents that guided sampling with the embeddings gives, and PSNR of the picture, in dB."""
+    model = network.model
+    context = model.encode(model.layout(found.prompt)).tokens.float()
+
+    def predict(x: Tensor, move: Move) -> Tensor:
+        rows = torch.cat([found.unconditional(move.index), context])
+        return guide(*network(x.repeat(2, 1, 1, 1), move, rows).chunk(2), found.guidance_scale)
+
+    sampled = reconstruct(predict, found)
+    error = F.mse_loss(sampled.latents[:-1], found.latents[:-1]).item()
+    return error, psnr(np.asarray(model.decode(sampled.clean)[0]), picture)
+
+
+def measure(model: Model, pictures: int, steps: int, scale: float, methods: Sequence[str] = tuple(METHODS)) -> list[Cost]:
+    """Run the methods on the same test scenes."""
+    scenes = [world.draw(world.sample("test", index)) for index in range(pictures)]
+    captions = [scene.spec.caption() for scene in scenes]
+    latents = model.encode_images([scene.picture for scene in scenes])
+    schedule = model.schedule(steps)
+    costs = []
+    for name in methods:
+        network = Network(model, model.unconditional())
+        with model.frozen():
+            began = time.perf_counter()
+            found = METHODS[name](network, latents, captions, schedule, scale)
+            # Reading a value waits for a GPU.
+            float(found[-1].null_embeddings.sum())
+            seconds = time.perf_counter() - began
+        rows = network.forward, network.backward
+        missed, likeness = zip(*(errors(network, one, scene.image) for one, scene in zip(found, scenes)))
+        costs.append(Cost(name, *rows, seconds, mean(missed), mean(likeness)))
+    return costs
+
+
+def table(costs: Sequence[Cost]) -> list[str]:
+    """The costs as lines of text, with how many times less than the first each takes."""
+    head = f"{'method':<17}{'forward':>8}{'backward':>9}{'seconds':>9}{'error':>10}{'PSNR':>7}{'rows':>8}{'time':>8}"
+    first, lines = costs[0], [head]
+    for cost in costs:
+        lines.append(
+            f"{cost.method:<17}{cost.forward:>8}{cost.backward:>9}{cost.seconds:>9.1f}{cost.error:>10.1e}{cost.psnr:>7.2f}"
+            f"{first.rows / cost.rows:>7.2f}x{first.seconds / cost.seconds:>7.2f}x"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.null_text", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", help="model folder or hub name (default: the miniature)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: the CPU)")
+    parser.add_argument("--pictures", type=int, default=4, help="test scenes (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps (default %(default)s)")
+    parser.add_argument("--scale", type=float, default=7.5, help="guidance scale (default %(default)s, the paper's)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the CPU (default: all, %(default)s)")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(given.threads)
+    model = Model.load(given.model, device=given.device)
+    print(f"model {model.fingerprint}, {given.pictures} pictures, {given.steps} steps, guidance {given.scale:g}")
+    print("\n".join(table(measure(model, given.pictures, given.steps, given.scale))))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.cost import in_fresh_process, machine, resident_peak, synchronise
-from benchmarks.speed_cases import EQUALITY, PEAKS, RUNS, STEPS, Bench, Work, counted_rows, equality, open_editor
+from benchmarks.speed_cases import EQUALITY, PEAKS, RUNS, STEPS, Bench, Work, counted_rows, equality
 from benchmarks.speed_report import plot, report
 from benchmarks.startup import STARTUP, startup
 from p2p_subject.source import Source
@@ -161,7 +161,7 @@ def _forget_peak() -> int:
 
 def _open(settings: Settings, dtype: torch.dtype, folder: Path | None = None) -> Bench:
     torch.set_num_threads(settings.threads)
-    return Bench(open_editor(settings.model, settings.device, dtype), settings.steps, folder)
+    return Bench.open(settings.model, settings.device, dtype, settings.steps, folder)
 
 
 def save_sources(settings: Settings, folder: Path) -> None:

@@ -40,19 +40,12 @@ def prompt(word: str) -> str:
     return f"a {word} on grass"
 
 
-def word_swaps(steps: int) -> list[EditSpec]:
+def word_swaps(steps: int, threshold: float) -> list[EditSpec]:
     """The edit of the benchmark, and three more of the same kind."""
     # The published code gates cross-attention in the steps i < int(f * (steps + 1)).
     changes = {"padding": "reference", "cross_replace": int(CROSS * (steps + 1)) / steps, "self_replace": OWN}
-    blend = {"rule": "peak", "threshold": 0.3, "start": 0.2, "maps": "running"}
+    blend = {"rule": "peak", "threshold": threshold, "start": 0.2, "maps": "running"}
     return [replace(prompt(word), **changes, blend=Blend((WORD,), (word,), **blend)) for word in OTHERS]
-
-
-def open_editor(model: str, device: str, dtype: torch.dtype) -> Editor:
-    """The editor of "miniature", of "sd15", or of a model folder."""
-    if model == "sd15":
-        return Editor.from_pipeline(sd15.pipeline(device, dtype))
-    return Editor.from_pretrained(None if model == "miniature" else model, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -66,11 +59,21 @@ class Work:
 class Bench:
     """A model, and sources to edit: made when they are first asked for, or read from `folder` if `save` wrote them there."""
 
-    def __init__(self, editor: Editor, steps: int, folder: Path | None = None) -> None:
+    def __init__(self, editor: Editor, steps: int, folder: Path | None = None, threshold: float = 0.3) -> None:
         self.editor, self.model, self.steps, self.folder = editor, editor.model, steps, folder
+        self.swaps = word_swaps(steps, threshold)
         self.scale, self.schedule = self.model.guidance_scale, self.model.schedule(steps)
         if self.scale == 1:
             raise ValueError("a model of guidance scale 1 has no unconditional rows; this benchmark counts on them")
+
+    @classmethod
+    def open(cls, model: str, device: str, dtype: torch.dtype, steps: int, folder: Path | None = None) -> Bench:
+        """The bench of "miniature", of "sd15", or of a model folder."""
+        if model == "sd15":
+            # Maps of random weights are flat: at the published 0.3, the mask would be all of the picture.
+            return cls(Editor.from_pipeline(sd15.pipeline(device, dtype)), steps, folder, threshold=0.8)
+        editor = Editor.from_pretrained(None if model == "miniature" else model, device=device, dtype=dtype)
+        return cls(editor, steps, folder)
 
     @cached_property
     def generated(self) -> Source:
@@ -126,7 +129,7 @@ class Bench:
 
     def edit(self, source: Source, count: int = 1) -> Tensor:
         """Latents of the first `count` edits, in one batch."""
-        made = self.editor.edit(source, word_swaps(self.steps)[:count], output_type="latent")
+        made = self.editor.edit(source, self.swaps[:count], output_type="latent")
         return torch.cat([result.latents for result in made])
 
     def record(self) -> Source:
@@ -135,8 +138,7 @@ class Bench:
 
     def published(self, noise: Tensor, fused: bool = False) -> Tensor:
         """Latents of source and edit by the published loop, text encoding included."""
-        spec = word_swaps(self.steps)[0]
-        return published_loop(self.model, prompt(WORD), spec, noise, self.schedule, self.scale, fused)
+        return published_loop(self.model, prompt(WORD), self.swaps[0], noise, self.schedule, self.scale, fused)
 
     def plain_step(self, pictures: int, extra: int = 0) -> Work:
         """One U-Net call of plain generation."""
@@ -145,7 +147,7 @@ class Bench:
 
     def edit_step(self, source: Source) -> Work:
         """One controlled call: the first, which is inside both windows; the maps that a mask is made of are read."""
-        specs = word_swaps(self.steps)[:1]
+        specs = self.swaps[:1]
         run = prepare(self.model, source, specs, plan(self.model, source, specs), self.scale, None, iter)
         noise = self.noise(1)
         return Work(lambda: run.predict(noise, self.schedule.sampling()[0]), self.model.controlled)
@@ -154,7 +156,7 @@ class Bench:
         """One call of the published loop."""
         noise = self.noise(1).expand(2, -1, -1, -1)
         size = tuple(noise.shape[-2:])
-        run = published_run(self.model, prompt(WORD), word_swaps(self.steps)[0], self.steps, size, self.scale)
+        run = published_run(self.model, prompt(WORD), self.swaps[0], self.steps, size, self.scale)
         return Work(
             lambda: run.predict(noise, self.schedule.sampling()[0]), lambda: explicit_attention(self.model.unet, run.editor)
         )
@@ -237,7 +239,7 @@ def equality(bench: Bench) -> dict[str, Any]:
     """
     noise = bench.noise(1)
     truth = bench.published(noise)
-    ours = bench.editor.edit(bench.generated, word_swaps(bench.steps)[0], output_type="latent")
+    ours = bench.editor.edit(bench.generated, bench.swaps[0], output_type="latent")
     others = {
         "source": (truth[:1], bench.generated.trajectory.clean),
         "unrecorded": (truth[1:], ours.latents),

@@ -17,5 +17,5 @@ def reconstruct(
     predict: Predict, trajectory: Trajectory, progress: Callable[[Iterable[Move]], Iterable[Move]] = iter
 ) -> Trajectory:
     """Sample from the noise of `trajectory`, with its noise maps if it has any, and keep every step."""
-    path = trace(predict, trajectory.noise, progress(trajectory.schedule.sampling()), trajectory.noises)
+    path = trace(predict, trajectory.noise, progress(trajectory.schedule.sampling()), noises=trajectory.noises)
     return replace(trajectory, latents=torch.cat(path[::-1]), replay=False)

@@ -41,13 +41,19 @@ def walk(
     return latents
 
 
-def trace(predict: Predict, latents: Tensor, moves: Iterable[Move], noises: Tensor | None = None) -> list[Tensor]:
+def trace(
+    predict: Predict,
+    latents: Tensor,
+    moves: Iterable[Move],
+    after: After | None = None,
+    noises: Tensor | None = None,
+) -> list[Tensor]:
     """Walk and keep what is passed: the latents (B, C, h, w) before the first move and after each."""
     kept = [latents]
 
     def keep(x: Tensor, move: Move) -> Tensor:
-        kept.append(x)
-        return x
+        kept.append(x if after is None else after(x, move))
+        return kept[-1]
 
     walk(predict, latents, moves, keep, noises)
     return kept

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inversion import Move, Trajectory, TrajectoryError, require_finite, walk
-from inversion.walk import trace
+from inversion.walk import After, trace
 from p2p_subject import inverting
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
@@ -38,6 +38,7 @@ BUDGET = 2 << 30
 """Bytes a recording may take by default: 2 GiB; at 512x512 pixels in half precision, 50 steps need about 1.4."""
 
 T = TypeVar("T")
+Callback = Callable[[int, Tensor], None]
 
 
 class Editor:
@@ -79,11 +80,13 @@ class Editor:
         steps: int = DEFAULT_STEPS,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        callback: Callback | None = None,
     ) -> Source:
         """Generate a picture and return it with its trajectory, ready to be edited.
 
         `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1, C, h, w) is the noise to
         start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is the model's own.
+        `callback` as in `edit`.
         """
         model = self.model
         model.require_controllable()
@@ -99,7 +102,7 @@ class Editor:
         maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
         predict = guided(model.noise, lambda index: negative, model.encode(target, embedded), scale, maps)
         with model.controlled():
-            kept = trace(predict, noise, _progress("generating")(schedule.sampling()))
+            kept = trace(predict, noise, _progress("generating")(schedule.sampling()), _reporting(callback))
         trajectory = Trajectory(
             torch.cat(kept[::-1]), schedule, prompt, "generated", guidance_scale=scale, fingerprint=model.fingerprint
         )
@@ -116,12 +119,14 @@ class Editor:
         steps: int = DEFAULT_STEPS,
         max_pixels: int | None = None,
         record: bool = False,
+        callback: Callback | None = None,
         **options: Any,
     ) -> Source:
         """Recover the generation of a picture (PIL, path, array or tensor) that `prompt` describes.
 
         The picture is brought to about the area the model was trained on (at most `max_pixels`), keeping its shape; results
-        are brought back. `record` makes later edits cheaper, see `Editor.record`. `method` and its `options`:
+        are brought back. `record` makes later edits cheaper, see `Editor.record`; `callback(step, latents)` is called when a
+        step begins. `method` and its `options`:
 
         - "direct" (Ju et al. 2023): DDIM inversion, the source read from the stored latents. One U-Net row a step.
         - "ddim" (Song et al. 2021): the source is generated again with guidance, as first published; it drifts.
@@ -155,6 +160,7 @@ class Editor:
             prompt=prompt,
             fingerprint=model.fingerprint,
             progress=_progress("inverting"),
+            callback=callback,
         )
         with model.controlled(), model.frozen():
             trajectory = inverting.METHODS[method](run, **options)
@@ -229,7 +235,7 @@ class Editor:
         skip: float = 0.0,
         paste: bool = True,
         output_type: str = "pil",
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> EditResult | list[EditResult]:
         """Edit a source; one spec gives one result, a list of specs a list, run in one batch.
 
@@ -237,8 +243,8 @@ class Editor:
         of the source's size) says where the picture may change, instead of the words' attention; `Blend(mask=...)` says it for
         one spec of several. `skip` leaves out that fraction of the steps, from the noise: the edit begins at the source's own
         latents there. `paste` puts the original pixels back outside the feathered mask, so the background is bit-exact.
-        `output_type="latent"` skips decoding. `callback(step, latents (K, C, h, w))` is called after every step and may raise
-        to cancel.
+        `output_type="latent"` skips decoding. `callback(step, latents (K, C, h, w))` is called after every step; it may raise
+        to cancel, and `editor.model.decode(latents)` is a preview.
         """
         specs = [edits] if isinstance(edits, EditSpec) else list(edits)
         if not specs or not all(isinstance(spec, EditSpec) for spec in specs):
@@ -252,19 +258,12 @@ class Editor:
         scale = self.guidance_scale(guidance_scale, source)
         plans = plan(self.model, source, specs)
         run = prepare(self.model, source, specs, plans, scale, negative_prompt, _progress("replaying the source"))
-
-        def after(latents: Tensor, move: Move) -> Tensor:
-            latents = run.after(latents, move)
-            if callback is not None:
-                callback(move.index, latents)
-            return latents
-
         schedule = run.source.schedule
         first = int(skip * schedule.steps + 1e-9)
         start = run.source.before(first).expand(len(specs), -1, -1, -1)
         with self.model.controlled():
             moves = _progress("editing")(schedule.sampling()[first:])
-            latents = walk(run.predict, start, moves, after, noises=run.source.noises)
+            latents = walk(run.predict, start, moves, _reporting(callback, run.after), noises=run.source.noises)
         images = [None] * len(specs) if output_type == "latent" else self.model.decode(latents)
         made = [
             result_of(k, run, source, spec, plans[k], latents[k : k + 1], images[k], self.model.scale_factor, paste)
@@ -295,6 +294,18 @@ class Editor:
         generator.seed() if seed is None else generator.manual_seed(seed)
         # Drawn on the CPU, so that a seed means the same noise on every device.
         return torch.randn(1, channels, height // factor, width // factor, generator=generator).to(model.device)
+
+
+def _reporting(callback: Callback | None, after: After = lambda latents, move: latents) -> After:
+    """`after`, and then the user's callback."""
+
+    def told(latents: Tensor, move: Move) -> Tensor:
+        latents = after(latents, move)
+        if callback is not None:
+            callback(move.index, latents)
+        return latents
+
+    return told
 
 
 def _progress(what: str) -> Callable[[Iterable[T]], Iterable[T]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,8 @@ from p2p_subject.sampling import Noise, guided
 class Inversion:
     """An inversion about to run: the network, the clean latents (1, C, h, w), and the contexts of the prompt and of none.
 
-    `maps` receives the attention of the source on the way; `scale` is the guidance scale that edits will use by default.
+    `maps` receives the attention of the source on the way; `scale` is the guidance scale that edits will use by default;
+    `callback(step, latents)` is called when a step begins.
     """
 
     noise: Noise
@@ -34,6 +35,8 @@ class Inversion:
     prompt: str
     fingerprint: str
     progress: Callable[[Iterable[Move]], Iterable[Move]]
+    callback: Callable[[int, Tensor], None] | None = None
+    told: set[int] = field(default_factory=set)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -41,8 +44,20 @@ class Inversion:
         return {"prompt": self.prompt, "fingerprint": self.fingerprint, "progress": self.progress}
 
     def predict(self, scale: float = 1.0) -> Predict:
-        """Noise of the prompt, guided at `scale`."""
-        return guided(self.noise, lambda index: self.unconditional, self.context, scale, self.maps)
+        """Noise of the prompt, guided at `scale`; says when a step begins."""
+        predict = guided(self.noise, lambda index: self.unconditional, self.context, scale, self.maps)
+
+        def reported(latents: Tensor, move: Move) -> Tensor:
+            self.tell(latents, move)
+            return predict(latents, move)
+
+        return reported
+
+    def tell(self, latents: Tensor, move: Move) -> None:
+        """Call the user's callback, once a step: some methods predict more often."""
+        if self.callback is not None and move.index not in self.told:
+            self.told.add(move.index)
+            self.callback(move.index, latents)
 
 
 def _direct(run: Inversion) -> Trajectory:
@@ -66,6 +81,7 @@ def _null_text(
     run: Inversion, *, guidance_scale: float | None = None, inner_steps: int | None = None, optimiser: str = "conjugate"
 ) -> Trajectory:
     def noise(latents: Tensor, move: Move, context: Tensor) -> Tensor:
+        run.tell(latents, move)
         return run.noise(latents, move, run.unconditional.expand(len(context)).with_tokens(context), None)
 
     return inversion.null_text(

@@ -230,6 +230,25 @@ def test_every_inversion_can_be_edited_and_saved(editor, dog, tmp_path, method) 
     assert result.unet_rows == (3 + 2 * (method == "ddim")) * 1 + (2 + 2 * (method == "ddim")) * (STEPS - 1)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_callback_is_told_every_step_once_and_may_cancel(editor, method) -> None:
+    seen = []
+    editor.invert(picture(), "a cat", steps=STEPS, method=method, callback=lambda step, x: seen.append((step, tuple(x.shape))))
+    assert sorted(step for step, _ in seen) == list(range(STEPS)) and {shape for _, shape in seen} == {(1, 4, 16, 16)}
+    told = []
+    source = editor.generate("a cat", seed=0, steps=STEPS, callback=lambda step, latents: told.append(latents))
+    assert all(torch.equal(x, source.trajectory.after(step)) for step, x in enumerate(told)) and len(told) == STEPS
+
+    def cancel(step: int, latents: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    before = editor.model.unet.attn_processors
+    with pytest.raises(KeyboardInterrupt):
+        editor.invert(picture(), "a cat", steps=STEPS, method=method, callback=cancel)
+    assert editor.model.unet.attn_processors == before
+    assert all(weight.requires_grad for weight in editor.model.unet.parameters())
+
+
 def test_unknown_methods_and_options_are_refused_before_any_network(editor, monkeypatch) -> None:
     Counted(editor, monkeypatch)
     with pytest.raises(ArgumentError, match="Did you mean 'null_text'"):

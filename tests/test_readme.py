@@ -15,9 +15,11 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
-    assert {path.name for path in tmp_path.iterdir()} == {"edited.png", "mask.png", "heatmap.png"}
+    names: dict = {}
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
+    edits = {f"edit_{number}.png" for number in range(5)}
+    assert {path.name for path in tmp_path.iterdir()} == {"edited.png", "mask.png", "heatmap.png", *edits}
     assert "dog" in capsys.readouterr().out
 
 
