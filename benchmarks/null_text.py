@@ -79,9 +79,7 @@ def published(network: Network, latents: Tensor, captions: Sequence[str], schedu
     return [_published(network, x[None], caption, schedule, scale) for x, caption in zip(latents, captions)]
 
 
-def _published(
-    network: Network, latents: Tensor, caption: str, schedule: Schedule, scale: float, inner_steps: int = 10
-) -> Trajectory:
+def _published(network: Network, latents: Tensor, caption: str, schedule: Schedule, scale: float) -> Trajectory:
     model = network.model
     with torch.no_grad():
         null, context = (model.encode(model.layout(text)).tokens.float() for text in ("", caption))
@@ -92,7 +90,7 @@ def _published(
         optimiser = torch.optim.Adam([null], lr=1e-2 * max(1 - move.index / 100, 0))
         with torch.no_grad():
             conditional = network(x, move, context)
-        for _ in range(inner_steps):
+        for _ in range(10):
             predicted = guide(network(x, move, null), conditional, scale)
             moved = ddim_move(x, predicted, move.alpha_from, move.alpha_to)
             loss = F.mse_loss(moved, path.after(move.index))

@@ -72,7 +72,7 @@ class Log:
             file.write(b"" if whole else b"\n")
             file.write(json.dumps(row).encode() + b"\n")
         self.rows.append(row)
-        told = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+        told = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in values.items()}
         print(self.key["settings"]["model"], f"round {number}", case, told, file=sys.stderr, flush=True)
 
 
@@ -139,24 +139,29 @@ def peak_on_gpu(bench: Bench, name: str) -> int:
 
 @torch.no_grad()
 def peak_on_cpu(settings: Settings, name: str, folder: Path) -> int:
-    """Peak of resident memory while a case runs, over the model and sources in memory; call it in a fresh process."""
+    """Peak of resident memory while a case runs, over the model and sources in memory; call it in a fresh process.
+
+    Where the system can forget an earlier peak (Linux), one step is run before: its first call loads code.
+    """
     bench = _open(settings, getattr(torch, settings.dtype), folder)
     work = PEAKS[name](bench)
-    before = _forget_peak()
+    if sys.platform == "linux":
+        _timed(bench, STEPS[name.replace("peak", "step")](bench), 1)
+        _forget_peak()
+    before = resident_peak()
     with work.around():
         work.call()
     return resident_peak() - before
 
 
-def _forget_peak() -> int:
-    """Give free memory back and begin the peak anew, where the system can (Linux); return the peak to count from."""
+def _forget_peak() -> None:
+    """Give free memory back and begin the peak anew, on Linux."""
     gc.collect()
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    return resident_peak()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    # Documented in proc(5): 5 resets the high-water mark.
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _open(settings: Settings, dtype: torch.dtype, folder: Path | None = None) -> Bench:
@@ -208,7 +213,7 @@ def measure(settings: Settings, repeats: int, names: Sequence[str], out: Path) -
     return [row for row in log.rows if row["round"] <= repeats and row["case"] in names]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 1 if the published loop's output is not ours."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
     models = '"miniature" (default), "sd15" (of random weights), or folders'
@@ -220,7 +225,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of the CPU (default: all, %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="folder of the results (default %(default)s)")
     parser.add_argument("--cases", nargs="+", metavar="NAME", default=[""], help="those that start so, of: " + ", ".join(CASES))
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
     names = [name for name in CASES if name.startswith(tuple(given.cases))]
     if not names:
         parser.error(f"--cases {' '.join(given.cases)} names no case; cases: {', '.join(CASES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ LABELS = {
     "peak plain-3": "plain generation, 3 rows",
     "peak edit-3": "edit, 3 rows",
     "peak plain-4": "plain generation, 4 rows",
-    "peak published-4": "published loop, 4 rows",
+    "peak explicit-4": "published loop, 4 rows",
 }
 PLAIN, OURS, PEER = "#8a8f98", "#1f6feb", "#d1793b"
 
@@ -75,10 +76,10 @@ def _ratio(
     ratios = [ratio / factor for ratio in results.ratios(case, other)]
     if not ratios:
         return []
-    value, bounded = median(ratios), low > 0 or high is not None
-    parts = [f">= {low:g}"] * (low > 0) + [f"<= {high:g}"] * (high is not None)
+    value, most = median(ratios), math.inf if high is None else high
+    bound = ", ".join(text for text, given in ((f">= {low:g}", low > 0), (f"<= {most:g}", most < math.inf)) if given)
     measured = f"{value:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-    return [Figure(title, measured, ", ".join(parts), low <= value <= (high or value) if bounded else None)]
+    return [Figure(title, measured, bound, low <= value <= most if bound else None)]
 
 
 def _published(title: str, results: Results, case: str, other: str, low: float = 0.0) -> list[Figure]:
@@ -154,7 +155,7 @@ def figures(rows: Sequence[Row], device: str, steps: int) -> list[Figure]:
         *_ratio("recording a source / generation", r, "run record", "run generate"),
         *_peak("extra peak memory over plain, 3 rows: edit", r, "peak edit-3", "peak plain-3", 0.02),
         *_peak("extra peak memory over plain, 2 rows: recorded", r, "peak recorded-2", "peak plain-2", 0.02),
-        *_peak("extra peak memory over plain, 4 rows: published", r, "peak published-4", "peak plain-4"),
+        *_peak("extra peak memory over plain, 4 rows: published", r, "peak explicit-4", "peak plain-4"),
         *_startup(r),
     ]
 
@@ -214,13 +215,14 @@ def plot(results: Mapping[Any, Sequence[Row]], path: Path) -> None:
     grid = canvas.subplots(len(shown), len(panels), squeeze=False)
     for line, (settings, own) in zip(grid, shown.items()):
         for axes, (title, group, key, unit) in zip(line, panels):
-            _bars(axes, own, group, key, unit)
+            cases = [case for case in LABELS if case.startswith(group + " ") and own.values(case, key)]
+            axes.set_visible(bool(cases))
+            _bars(axes, own, cases, key, unit)
             axes.set_title(f"{settings.model}, {settings.dtype}, {settings.device}: {title}", fontsize=10, loc="left")
     canvas.savefig(path, dpi=110)
 
 
-def _bars(axes: Any, results: Results, group: str, key: str, unit: float) -> None:
-    cases = [case for case in LABELS if case.startswith(group + " ") and results.values(case, key)]
+def _bars(axes: Any, results: Results, cases: Sequence[str], key: str, unit: float) -> None:
     values = [results.middle(case, key) / unit for case in cases]
     spread = [[x / unit for x in results.values(case, key)] for case in cases]
     errors = [[v - min(s) for v, s in zip(values, spread)], [max(s) - v for v, s in zip(values, spread)]]

@@ -74,15 +74,19 @@ def ddim_move(x: Tensor, eps: Tensor, a: float, b: float, noise: Tensor | None =
     """Move latents `x` of cumulative alpha `a` to cumulative alpha `b` along the predicted noise `eps` (eq. 12).
 
     Deterministic; with standard `noise`, of the shape of `x`, the stochastic move of DDPM towards the picture (eta = 1).
+    Raises `ScheduleError` for a stochastic move towards the noise.
     """
     sigma = 0.0 if noise is None else ddpm_sigma(a, b)
     clean = (x - (1 - a) ** 0.5 * eps) / a**0.5
-    moved = b**0.5 * clean + (1 - b - sigma**2) ** 0.5 * eps
+    # What remains is never negative but by rounding.
+    moved = b**0.5 * clean + max(1 - b - sigma**2, 0) ** 0.5 * eps
     return moved if noise is None else moved + sigma * noise
 
 
 def ddpm_sigma(a: float, b: float) -> float:
     """Standard deviation of the noise that DDPM adds in a move from cumulative alpha `a` to a cleaner `b` (eq. 16, eta = 1)."""
+    if a > b:
+        raise ScheduleError(f"a stochastic move from cumulative alpha {a:g} to {b:g}; noise maps are for moves to the picture")
     return ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
 
 

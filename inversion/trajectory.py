@@ -131,7 +131,9 @@ class Trajectory:
                 if not isinstance(values[key], str):
                     raise TypeError(f"{key} is {values[key]!r}, expected a text")
             values["guidance_scale"] = float(values["guidance_scale"])
-            values["replay"] = bool(values["replay"])
+            # Files of before there was a choice lack it.
+            if not isinstance(values.setdefault("replay", False), bool):
+                raise TypeError(f"replay is {values['replay']!r}, expected true or false")
             schedule = values.pop("schedule")
             schedule |= {"timesteps": tuple(schedule["timesteps"]), "alphas": tuple(schedule["alphas"])}
             return cls(schedule=Schedule(**schedule), **values, **own)

@@ -115,21 +115,48 @@ def test_trajectory_indexes_steps_from_the_noise() -> None:
     steps=st.integers(1, 6),
     height=st.integers(1, 9),
     width=st.integers(1, 9),
-    null=st.booleans(),
+    null=st.sampled_from(["none", "one", "each"]),
+    noisy=st.booleans(),
+    proximal=st.none() | st.floats(0.01, 0.99),
+    replay=st.booleans(),
     prompt=st.text(max_size=20),
 )
 @settings(deadline=None, max_examples=30)
-def test_save_and_load_round_trip(tmp_path_factory, steps: int, height: int, width: int, null: bool, prompt: str) -> None:
+def test_save_and_load_round_trip(tmp_path_factory, steps, height, width, null, noisy, proximal, replay, prompt) -> None:
     path = tmp_path_factory.mktemp("t") / "a.safetensors"
-    embeddings = torch.randn(steps, 7, 3) if null else None
+    embeddings = {"none": None, "one": torch.randn(1, 7, 3), "each": torch.randn(steps, 7, 3)}[null]
+    noises = torch.randn(steps, 4, height, width) if noisy else None
     prompt = prompt.encode("utf-8", "ignore").decode()
-    made = Trajectory(torch.randn(steps + 1, 4, height, width), make_schedule(steps), prompt, "ddim", 2.5, "abc", embeddings)
+    made = Trajectory(
+        torch.randn(steps + 1, 4, height, width),
+        make_schedule(steps),
+        prompt,
+        "ddim",
+        2.5,
+        "abc",
+        embeddings,
+        noises,
+        proximal,
+        replay,
+    )
     made.save(path)
     read = Trajectory.load(path)
-    assert torch.equal(read.latents, made.latents) and read.schedule == made.schedule
+    assert read.schedule == made.schedule and (read.proximal, read.replay) == (proximal, replay)
     assert (read.prompt, read.method, read.guidance_scale, read.fingerprint) == (prompt, "ddim", 2.5, "abc")
-    assert (read.null_embeddings is None) == (not null)
+    for name, tensor in made.tensors().items():
+        assert (getattr(read, name) is None) if tensor is None else torch.equal(getattr(read, name), tensor)
+    for index in range(steps):
+        expected = None if embeddings is None else embeddings[index % len(embeddings)][None]
+        assert read.unconditional(index) is expected or torch.equal(read.unconditional(index), expected)
     assert [p.name for p in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_of_before_sources_could_be_replayed_is_read() -> None:
+    tensors, metadata = made().pack()
+    values = json.loads(metadata["trajectory"])
+    del values["replay"], values["proximal"]
+    read = Trajectory.unpack(tensors, metadata | {"trajectory": json.dumps(values)})
+    assert not read.replay and read.proximal is None
 
 
 def test_bad_trajectories_and_files_are_refused(tmp_path) -> None:
@@ -138,8 +165,16 @@ def test_bad_trajectories_and_files_are_refused(tmp_path) -> None:
         Trajectory(torch.zeros(3, 4, 2, 2), schedule, "", "ddim")
     with pytest.raises(TrajectoryError, match=r"null embeddings of shape \(2, 5, 3\) for 3 steps"):
         Trajectory(torch.zeros(4, 4, 2, 2), schedule, "", "ddim", null_embeddings=torch.zeros(2, 5, 3))
-    with pytest.raises(NonFiniteError):
-        Trajectory(torch.full((4, 4, 2, 2), torch.nan), schedule, "", "ddim")
+    with pytest.raises(
+        TrajectoryError, match=r"noise maps of shape \(2, 4, 2, 2\); expected one for each step, \(3, 4, 2, 2\)"
+    ):
+        Trajectory(torch.zeros(4, 4, 2, 2), schedule, "", "ddim", noises=torch.zeros(2, 4, 2, 2))
+    with pytest.raises(TrajectoryError, match="proximal=2; expected a quantile"):
+        Trajectory(torch.zeros(4, 4, 2, 2), schedule, "", "ddim", proximal=2)
+    for name, tensor in (("latents", (4, 4, 2, 2)), ("null_embeddings", (3, 5, 3)), ("noises", (3, 4, 2, 2))):
+        with pytest.raises(NonFiniteError, match=f"{name} of the trajectory"):
+            tensors = {"latents": torch.zeros(4, 4, 2, 2), name: torch.full(tensor, torch.nan)}
+            Trajectory(schedule=schedule, prompt="", method="ddim", **tensors)
     with pytest.raises(TrajectoryError, match="no such file"):
         Trajectory.load(tmp_path / "none.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"not a tensor file")
@@ -219,6 +254,8 @@ def damaged(**changes) -> str:
         (damaged(prompt=3), "prompt is 3, expected a text"),
         (damaged(guidance_scale=None), "damaged"),
         (damaged(surplus=1), "surplus"),
+        (damaged(replay="no"), "replay is 'no', expected true or false"),
+        (damaged(proximal="much"), "expected a quantile"),
     ],
 )
 def test_a_damaged_header_is_a_trajectory_error(header, message) -> None:
@@ -267,7 +304,5 @@ def test_schedules_that_cannot_be_walked_are_refused(fields, error) -> None:
 
 
 def test_importing_inversion_loads_torch_and_no_other_part_of_the_stack() -> None:
-    code = (
-        "import sys, inversion; print([m for m in ('diffusers', 'transformers', 'PIL', 'p2p_subject') if m in sys.modules])"
-    )
+    code = "import sys, inversion; print([m for m in ('diffusers', 'transformers', 'PIL', 'p2p_subject') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

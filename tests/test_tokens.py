@@ -165,6 +165,8 @@ def test_empty_prompt_is_unconditional(tokenizer):
 def test_pad_token_of_its_own(tiny):
     padded = CLIPTokenizerFast.from_pretrained(tiny.name_or_path, pad_token="!")
     assert layout(padded, "a cat").ids[4:] == (padded.convert_tokens_to_ids("!"),) * 73
+    # What it pads with is also a word.
+    assert len(layout(padded, "a cat!").content) > len(layout(padded, "a cat").content)
 
 
 @settings(max_examples=150, deadline=None)
