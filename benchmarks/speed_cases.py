@@ -148,7 +148,8 @@ class Bench:
     def edit_step(self, source: Source) -> Work:
         """One controlled call: the first, which is inside both windows; the maps that a mask is made of are read."""
         specs = self.swaps[:1]
-        run = prepare(self.model, source, specs, plan(self.model, source, specs), self.scale, None, iter)
+        plans = plan(self.model, source, specs)
+        run = prepare(self.model, source, specs, plans, self.scale, negative_prompt=None, first=0, progress=iter)
         noise = self.noise(1)
         return Work(lambda: run.predict(noise, self.schedule.sampling()[0]), self.model.controlled)
 

@@ -49,8 +49,8 @@ class ConjugateGradient:
 
     Along a line the prediction is nearly linear. So what a trial point misses gives the minimum of the line, and what is missed
     and the gradient there: the next direction starts from that point, at which the network is never called. The length of a
-    trial step is what was best at the same place in the sampling step before. The gradient of each token is brought to one
-    size, because the start token's is many times the others'.
+    trial step is what was best at the same place in the sampling step before. Gradients are brought to one size, so that it
+    still is, and token by token, with which fewer steps are needed than with one size for all.
     """
 
     def __init__(self, steps: int) -> None:

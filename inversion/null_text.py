@@ -13,7 +13,7 @@ from inversion.errors import StepsError, TrajectoryError
 from inversion.guidance import guide
 from inversion.schedule import Move, Schedule, ddim_move
 from inversion.trajectory import Trajectory
-from inversion.walk import trace, walk
+from inversion.walk import Predict, trace, walk
 
 Noise = Callable[[Tensor, Move, Tensor], Tensor]
 """`noise(latents (B, C, h, w), move, context (B, L, D)) -> noise (B, C, h, w)`, differentiable in the context."""
@@ -40,6 +40,7 @@ def null_text_batch(
     guidance_scale: float = 7.5,
     inner_steps: int | None = None,
     optimiser: str = "conjugate",
+    conditional: Predict | None = None,
     prompts: Sequence[str] | None = None,
     fingerprint: str = "",
     progress: Callable[[Iterable[Move]], Iterable[Move]] = iter,
@@ -52,9 +53,11 @@ def null_text_batch(
     A step costs a conditional and an unconditional prediction of each picture, and a prediction and its way back for each
     gradient; pictures that are done wait for none.
 
+    `conditional` predicts in place of `noise` at `context`, for a network that is told more of a prompt than its context.
     Contexts and optimiser are float32; `noise` casts to what its network computes in. Freeze the network's weights, or memory
-    is kept for gradients that nobody asks for. Raises `TrajectoryError` for contexts that do not fit, and at scale 1, where
-    the unconditional context has no effect.
+    is kept for gradients that nobody asks for.
+
+    Raises `TrajectoryError` for contexts that do not fit, and at scale 1, where the unconditional context has no effect.
     """
     if optimiser not in OPTIMISERS:
         raise TrajectoryError(f"optimiser={optimiser!r}; expected one of {list(OPTIMISERS)}")
@@ -67,8 +70,10 @@ def null_text_batch(
     prompts = [""] * len(latents) if prompts is None else prompts
     _require_fitting(latents, context, null, prompts)
 
-    def conditional(x: Tensor, move: Move) -> Tensor:
-        return noise(x, move, context)
+    if conditional is None:
+
+        def conditional(x: Tensor, move: Move) -> Tensor:
+            return noise(x, move, context)
 
     path = trace(conditional, latents.float(), progress(schedule.inverting()))
     solve = make(most)

@@ -17,8 +17,8 @@ from inversion.schedule import Schedule
 from inversion.walk import require_finite
 
 FORMAT = "p2p_subject.trajectory/1"
-VALUES = ("prompt", "method", "guidance_scale", "fingerprint", "proximal", "replay")
-TENSORS = ("latents", "null_embeddings", "noises")
+VALUES = ("prompt", "negative_prompt", "method", "guidance_scale", "fingerprint", "proximal", "replay")
+TENSORS = ("latents", "null_embeddings", "null_pooled", "noises")
 
 
 # Compared by identity: tensors have no single truth value to compare by.
@@ -29,8 +29,9 @@ class Trajectory:
     `latents` (N + 1, C, h, w) float32, clean first: `latents[N]` is the noise, `latents[0]` the picture. `prompt` is the text
     it was made with, `method` how it was made, `guidance_scale` the scale it was made at, `fingerprint` names the model.
     `null_embeddings` (N, L, D), if any, are the unconditional contexts of the steps, noise first; (1, L, D) the same one for
-    every step. `noises` (N, C, h, w), if any, are the noise maps of DDPM steps, noise first. `proximal` is the quantile of
-    proximal guidance. `replay`: edits generate the source again from its noise instead of reading the latents here.
+    every step; `null_pooled` (1, P) goes with them where a model has pooled text. `noises` (N, C, h, w), if any, are the noise
+    maps of DDPM steps, noise first. `proximal` is the quantile of proximal guidance. `replay`: edits generate the source again
+    from its noise instead of reading the latents here. `negative_prompt` is the one it was generated with, if any.
     """
 
     latents: Tensor
@@ -40,9 +41,11 @@ class Trajectory:
     guidance_scale: float = 1.0
     fingerprint: str = ""
     null_embeddings: Tensor | None = None
+    null_pooled: Tensor | None = None
     noises: Tensor | None = None
     proximal: float | None = None
     replay: bool = False
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         expected = self.schedule.steps + 1
@@ -131,6 +134,8 @@ class Trajectory:
                 if not isinstance(values[key], str):
                     raise TypeError(f"{key} is {values[key]!r}, expected a text")
             values["guidance_scale"] = float(values["guidance_scale"])
+            if not isinstance(values.setdefault("negative_prompt", None), str | None):
+                raise TypeError(f"negative_prompt is {values['negative_prompt']!r}, expected a text or null")
             # Files of before there was a choice lack it.
             if not isinstance(values.setdefault("replay", False), bool):
                 raise TypeError(f"replay is {values['replay']!r}, expected true or false")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
+import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -84,7 +85,9 @@ def _own(
     follow = [first + k for k, pixels in enumerate(control.self_pixels) if query.shape[2] <= pixels]
     if follow:
         query, key = query.clone(), key.clone()
-        query[follow], key[follow] = source_query, source_key
+    # Row by row: an index that is a list would be copied to the GPU, and waited for, in every layer.
+    for row in follow:
+        query[row], key[row] = source_query[0], source_key[0]
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
@@ -116,17 +119,15 @@ def _maps(
     def probabilities(query: Tensor, key: Tensor) -> Tensor:
         return (query.float() @ key.float().transpose(-1, -2) * scale).softmax(-1).mean(1)
 
-    rows = list(control.sink.rows)
-    maps = probabilities(query[rows], key[rows])
+    maps = torch.cat([probabilities(query[row : row + 1], key[row : row + 1]) for row in control.sink.rows])
     if control.from_source is None:
         return maps
     first = control.rows - len(control.from_source)
-    edited = [at for at, row in enumerate(rows) if row >= first]
-    which = [rows[at] - first for at in edited]
-    followed = probabilities(source_query, source_key)  # (1, Q, S)
-    maps[edited] = followed @ control.from_source[which].to(maps.dtype) + (
-        maps[edited] * control.from_target[which, None].to(maps.dtype)
-    )
+    followed = probabilities(source_query, source_key)[0]  # (Q, S)
+    for at, k in enumerate(row - first for row in control.sink.rows):
+        if k >= 0:
+            own = maps[at] * control.from_target[k].to(maps.dtype)
+            maps[at] = followed @ control.from_source[k].to(maps.dtype) + own
     return maps
 
 
@@ -142,6 +143,8 @@ def require_plain(unet: UNet2DConditionModel) -> None:
     A processor that is not diffusers' plain one (an IP-Adapter's, say) would be silently dropped; without cross-attention there
     is nothing to control.
     """
+    if any(type(p) is ControlledAttention for p in unet.attn_processors.values()):
+        raise HookError("this network is in the middle of a job; a callback cannot start another one with it. Wait for its end")
     foreign = {name: type(p).__name__ for name, p in unet.attn_processors.items() if type(p) not in PLAIN}
     if foreign:
         name, kind = next(iter(foreign.items()))
@@ -180,4 +183,6 @@ def map_size(unet: UNet2DConditionModel, latent_size: tuple[int, int], wanted: i
         if "CrossAttn" in kind:
             sizes.append((height, width))
         height, width = math.ceil(height / 2), math.ceil(width / 2)
+    if not sizes:
+        raise HookError("this network has cross-attention in its middle block alone; masks are read from the finer ones")
     return min(sizes, key=lambda size: abs(math.log(size[0] * size[1] / wanted**2)))

@@ -294,6 +294,8 @@ def _invert(
     if spec is not None:
         describe(layout, spec, model.layout)
         model.layout(arguments.negative_prompt or "")
+        if arguments.negative_prompt is not None and arguments.method in ("null_text", "negative_prompt"):
+            raise ArgumentError(f"--method {arguments.method} sets what guidance leads away from; leave --negative-prompt out")
     return opened if saved else editor.invert(opened, prompt, **given(arguments, "steps", "method"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ class Context:
         pooled = None if self.pooled is None else self.pooled.expand(rows, -1)
         return Context(self.tokens.expand(rows, -1, -1), pooled)
 
-    def with_tokens(self, tokens: Tensor) -> Context:
-        """The same context with other token embeddings (B, L, D), such as optimised ones."""
-        return replace(self, tokens=tokens.to(self.tokens))
+    def with_tokens(self, tokens: Tensor, pooled: Tensor | None = None) -> Context:
+        """The same context with other token embeddings (B, L, D), such as optimised ones, and pooled text (B, P) if given."""
+        return Context(tokens.to(self.tokens), self.pooled if pooled is None else pooled.to(self.tokens))
 
 
 def stack(contexts: Sequence[Context]) -> Context:

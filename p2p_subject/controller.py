@@ -11,6 +11,7 @@ output without an edited map (Hertz et al. 2022, section 3.3, rearranged).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -85,7 +86,8 @@ def self_pixels(side: int | None, latent_size: tuple[int, int]) -> int:
     """
     larger = max(latent_size)
     scale = (side or larger / 2) / larger
-    return round(latent_size[0] * scale) * round(latent_size[1] * scale)
+    # Rounded up, as a U-Net halves odd sides; less what rounding may have added.
+    return math.ceil(latent_size[0] * scale - 1e-9) * math.ceil(latent_size[1] * scale - 1e-9)
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class Controller:
     gates: Tensor
     self_gates: Tensor
     self_pixels: tuple[int, ...]
+    open: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Gates stay on the CPU, so that whether a step is controlled need not wait for the GPU; this copy goes there once.
+        object.__setattr__(self, "open", self.gates.to(self.own))
 
     @property
     def steps(self) -> int:
@@ -123,7 +130,7 @@ class Controller:
         recorded: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> StepControl:
         """Control of sampling step `index`; an edit that is outside its windows keeps its own attention."""
-        gate, crosses = self.gates[:, index].to(self.own), self.crosses(index)
+        gate, crosses = self.open[:, index], self.crosses(index)
         return StepControl(
             rows=rows,
             from_source=self.matrices * gate[:, None] if crosses else None,
@@ -141,21 +148,21 @@ def compile_edits(
     steps: int,
     latent_size: tuple[int, int],
     device: torch.device | str = "cpu",
+    first: int = 0,
 ) -> Controller:
     """Compile edits of one source; alignments and target layouts in the order of `specs`.
 
-    `latent_size` (h, w) fixes which self-attention layers follow the source. Raises `EditSpecError` for weights of a word whose
-    window holds none of the steps.
+    `latent_size` (h, w) fixes which self-attention layers follow the source; `first` is the sampling step that the edit begins
+    with. Raises `EditSpecError` for weights of a word whose window holds none of the steps from there on.
     """
     gates = torch.stack([_gates(spec, target, steps) for spec, target in zip(specs, targets)])
-    weights = torch.stack([_weights(spec, target, gate) for spec, target, gate in zip(specs, targets, gates)])
+    weights = torch.stack([_weights(spec, target, gate[first:]) for spec, target, gate in zip(specs, targets, gates)])
     matrices = torch.stack([alignment.matrix for alignment in alignments]) * weights[:, None]
     own = (1 - torch.stack([alignment.covered for alignment in alignments])) * weights
     self_gates = torch.zeros(len(specs), steps, dtype=torch.bool)
     for gate, spec in zip(self_gates, specs):
         gate[list(steps_of(spec.self_replace, steps))] = True
     pixels = tuple(self_pixels(spec.self_resolution, latent_size) for spec in specs)
-    # Gates stay on the CPU: whether a step is controlled must not wait for the GPU.
     return Controller(matrices.to(device), own.to(device), gates, self_gates, pixels)
 
 
@@ -178,8 +185,8 @@ def _weights(spec: EditSpec, target: TokenLayout, gates: Tensor) -> Tensor:
         columns = list(target.columns(*word_and_index(word)))
         if not gates[:, columns].any():
             raise EditSpecError(
-                f"weights: {word!r} can have no effect: of {len(gates)} steps, its window of cross_replace="
-                f"{spec.cross_replace} holds none; widen it, take more steps or leave the weight out"
+                f"weights: {word!r} can have no effect: of the {len(gates)} steps that are run, its window of cross_replace="
+                f"{spec.cross_replace} holds none; widen it, take more steps, skip fewer or leave the weight out"
             )
         weights[columns] = factor
     return weights

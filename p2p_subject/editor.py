@@ -16,19 +16,18 @@ from tqdm import tqdm
 
 from inversion import Move, Trajectory, TrajectoryError, require_finite, walk
 from inversion.walk import After, trace
-from p2p_subject import inverting
+from p2p_subject import checks, inverting
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
-from p2p_subject.checks import is_number
 from p2p_subject.controller import self_pixels, steps_of
 from p2p_subject.edits import Blend, EditSpec, Word
 from p2p_subject.errors import ArgumentError, EditSpecError
 from p2p_subject.images import Frame, fit, load_image
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
-from p2p_subject.preparing import plan, prepare, tracer
+from p2p_subject.preparing import context_of, identities, layout_of, plan, prepare, reader
 from p2p_subject.prompts import require_subject_first, word_and_index
-from p2p_subject.recording import read_maps, record
+from p2p_subject.recording import record
 from p2p_subject.results import EditResult, result_of
 from p2p_subject.sampling import guided
 from p2p_subject.source import Source
@@ -97,16 +96,22 @@ class Editor:
             require_subject_first(target, subject.category)
             model.require_subject(subject)
         noise = self._noise_latents(latents, seed, size)
-        negative = model.unconditional(negative_prompt)
-        embedded = None if subject is None else model.embed(subject)
         maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
-        predict = guided(model.noise, lambda index: negative, model.encode(target, embedded), scale, maps)
         with model.controlled():
+            negative = model.unconditional(negative_prompt)
+            embedded = None if subject is None else model.embed(subject)
+            predict = guided(model.noise, lambda index: negative, model.encode(target, embedded), scale, maps)
             kept = trace(predict, noise, _progress("generating")(schedule.sampling()), _reporting(callback))
+            image = model.decode(kept[-1])[0]
         trajectory = Trajectory(
-            torch.cat(kept[::-1]), schedule, prompt, "generated", guidance_scale=scale, fingerprint=model.fingerprint
+            torch.cat(kept[::-1]),
+            schedule,
+            prompt,
+            "generated",
+            guidance_scale=scale,
+            fingerprint=model.fingerprint,
+            negative_prompt=negative_prompt,
         )
-        image = model.decode(trajectory.clean)[0]
         return Source(trajectory, image, Frame(image.size, image.size), maps.mean()[0].cpu(), embedded)
 
     @torch.no_grad()
@@ -142,30 +147,28 @@ class Editor:
         Raises `ArgumentError` for another method or option.
         """
         model = self.model
-        inverting.check(method, options)
+        inverting.check(method, options, record=record)
         model.require_controllable()
         schedule = model.schedule(steps)
         words = model.layout(prompt)
         picture = load_image(image)
         fitted, frame = fit(picture, multiple=model.multiple, max_pixels=max_pixels, area=model.area)
-        latents = model.encode_images([fitted])
-        run = inverting.Inversion(
-            noise=model.noise,
-            latents=latents,
-            schedule=schedule,
-            context=model.encode(words),
-            unconditional=model.unconditional(None),
-            scale=model.guidance_scale,
-            maps=MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps),
-            prompt=prompt,
-            fingerprint=model.fingerprint,
-            progress=_progress("inverting"),
-            callback=callback,
-        )
         with model.controlled(), model.frozen():
+            latents = model.encode_images([fitted])
+            run = inverting.Inversion(
+                noise=model.noise,
+                latents=latents,
+                schedule=schedule,
+                context=model.encode(words),
+                unconditional=model.unconditional(None),
+                scale=model.guidance_scale,
+                maps=MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps),
+                prompt=prompt,
+                fingerprint=model.fingerprint,
+                progress=_progress("inverting"),
+                callback=callback,
+            )
             trajectory = inverting.METHODS[method](run, **options)
-            if not run.maps.halves:
-                read_maps(tracer(model, trajectory, run.context), run.maps, steps)
         source = Source(trajectory, picture, frame, run.maps.mean()[0].cpu())
         return self.record(source) if record else source
 
@@ -191,28 +194,33 @@ class Editor:
         model.require_controllable()
         trajectory.require_model(model.fingerprint)
         if trajectory.replay:
-            raise ArgumentError(f"a source inverted by {trajectory.method!r} is generated again by every edit; use 'direct'")
+            inverting.require_recordable(trajectory.method)
+        budget = checks.whole(budget, "budget", 0, "a whole number of bytes, such as 2 << 30")
+        cross_window, own_window = checks.window(cross_replace, "cross_replace"), checks.window(self_replace, "self_replace")
+        if self_resolution is not None:
+            checks.whole(self_resolution, "self_resolution", 1, "1 or more latent pixels, or None")
         steps, size = trajectory.schedule.steps, tuple(trajectory.latents.shape[-2:])
-        windows = EditSpec(prompt="", cross_replace=cross_replace, self_replace=self_replace, self_resolution=self_resolution)
-        cross, own = (steps_of(window, steps).stop for window in (windows.cross_replace, windows.self_replace))
-        context = model.encode(model.layout(source.prompt, subject=source.subject is not None), source.subject)
+        cross, own = steps_of(cross_window, steps).stop, steps_of(own_window, steps).stop
         height, width = map_size(model.unet, size)
-        pixels = self_pixels(windows.self_resolution, size)
-        read, place = tracer(model, trajectory, context), device or model.device
+        pixels, place = self_pixels(self_resolution, size), device or model.device
         with model.controlled():
+            read = reader(model, trajectory, context_of(model, source))
             recording = record(read, cross, own, pixels, height * width, budget, place, progress=_progress("recording"))
-        if recording.cross_steps < cross:
+        held = (0, 0) if recording is None else (recording.cross_steps, recording.self_steps)
+        if held[0] < cross or held[1] < own:
             warnings.warn(
-                f"the recording holds {recording.cross_steps} of {cross} steps: more do not fit in {budget} bytes; edits run "
-                "a third U-Net row in the others. Give a larger budget, or device='cpu'",
+                f"the recording holds cross-attention of {held[0]} of {cross} steps and self-attention of {held[1]} of {own}: "
+                f"no more fits in {budget} bytes; edits run a third U-Net row in the others. Give a larger budget",
                 stacklevel=3,
             )
         return dataclasses.replace(source, recording=recording)
 
     def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "heat") -> list[np.ndarray]:
         """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
+        if isinstance(words, str):
+            raise ArgumentError(f"words={words!r}; expected a list of words, such as [{words!r}]")
         source.trajectory.require_model(self.model.fingerprint)
-        layout = self.model.layout(source.prompt, subject=source.subject is not None)
+        layout = layout_of(self.model, source)
         columns = [layout.columns(*word_and_index(word)) for word in words]
         score = rule_of(rule)
         width, height = source.image.size
@@ -246,37 +254,42 @@ class Editor:
         `output_type="latent"` skips decoding. `callback(step, latents (K, C, h, w))` is called after every step; it may raise
         to cancel, and `editor.model.decode(latents)` is a preview.
         """
-        specs = [edits] if isinstance(edits, EditSpec) else list(edits)
-        if not specs or not all(isinstance(spec, EditSpec) for spec in specs):
+        specs = [edits] if isinstance(edits, EditSpec) else edits
+        if not isinstance(specs, Sequence) or not specs or not all(isinstance(spec, EditSpec) for spec in specs):
             raise EditSpecError(f"edits={edits!r}; expected an EditSpec, such as swap_subject(...), or a list of them")
         if output_type not in ("pil", "latent"):
             raise ArgumentError(f"output_type={output_type!r}; expected 'pil' or 'latent'")
-        if not is_number(skip, 0, 1) or skip == 1:
+        model, schedule = self.model, source.trajectory.schedule
+        first = int(skip * schedule.steps + 1e-9) if checks.is_number(skip, 0, 1) else schedule.steps
+        if first == schedule.steps:
             raise ArgumentError(f"skip={skip!r}; expected the fraction of steps to leave out, from 0 to below 1")
         if mask is not None:
             specs = [dataclasses.replace(s, blend=dataclasses.replace(s.blend or Blend(), mask=mask)) for s in specs]
         scale = self.guidance_scale(guidance_scale, source)
-        plans = plan(self.model, source, specs)
-        run = prepare(self.model, source, specs, plans, scale, negative_prompt, _progress("replaying the source"))
-        schedule = run.source.schedule
-        first = int(skip * schedule.steps + 1e-9)
-        start = run.source.before(first).expand(len(specs), -1, -1, -1)
-        with self.model.controlled():
+        plans = plan(model, source, specs)
+        for prompt in identities(model, source, specs, plans):
+            warnings.warn(f"the edit {prompt!r} is the identity: prompt and weights are the source's own", stacklevel=3)
+        with model.controlled():
+            run = prepare(model, source, specs, plans, scale, negative_prompt, first, _progress("replaying the source"))
+            start = run.source.before(first).expand(len(specs), -1, -1, -1)
             moves = _progress("editing")(schedule.sampling()[first:])
             latents = walk(run.predict, start, moves, _reporting(callback, run.after), noises=run.source.noises)
-        images = [None] * len(specs) if output_type == "latent" else self.model.decode(latents)
-        made = [
-            result_of(k, run, source, spec, plans[k], latents[k : k + 1], images[k], self.model.scale_factor, paste)
+            images = [None] * len(specs) if output_type == "latent" else model.decode(latents)
+        results = [
+            result_of(k, run, source, spec, plans[k], latents[k : k + 1], images[k], model.scale_factor, paste)
             for k, spec in enumerate(specs)
         ]
-        return made[0] if isinstance(edits, EditSpec) else made
+        for result in results:
+            if result.mask is not None and result.mask.getbbox() is None:
+                warnings.warn(f"the mask of {result.prompt!r} is empty: nothing changed; lower its threshold", stacklevel=3)
+        return results[0] if isinstance(edits, EditSpec) else results
 
     def guidance_scale(self, guidance_scale: float | None = None, source: Source | None = None) -> float:
         """The scale that a call uses: for None that of the source, if it was made with guidance, else the model's."""
         if guidance_scale is None:
             made = 1.0 if source is None else source.trajectory.guidance_scale
             return self.model.guidance_scale if made == 1 else made
-        if not is_number(guidance_scale, 0):
+        if not checks.is_number(guidance_scale, 0):
             raise ArgumentError(f"guidance_scale={guidance_scale!r}; expected a number of 0 or more, such as 7.5")
         return float(guidance_scale)
 
@@ -287,9 +300,13 @@ class Editor:
             if latents.ndim != 4 or latents.shape[:2] != (1, channels):
                 raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected (1, {channels}, h, w)")
             return require_finite(latents, "latents").to(model.device, torch.float32)
-        width, height = size or (round(model.area**0.5),) * 2
-        if width % model.multiple or height % model.multiple or min(width, height) <= 0:
-            raise EditSpecError(f"size=({width}, {height}); expected positive multiples of {model.multiple}")
+        size = model.size if size is None else size
+        sides = size if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
+        if any(not isinstance(side, int) or side <= 0 or side % model.multiple for side in sides):
+            raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {model.multiple}")
+        width, height = sides
+        if seed is not None:
+            seed = checks.whole(seed, "seed", 0, "a whole number of 0 or more, or None for a random one")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         # Drawn on the CPU, so that a seed means the same noise on every device.

@@ -43,7 +43,8 @@ class Blend:
     "running" sums the maps of all steps so far, as published.
 
     `mask`, anything `load_mask` takes, stands in place of the words' attention. `grow` dilates the mask by so many latent
-    pixels; over `feather` pixels around it (None: half a latent pixel's), the edit fades into the original.
+    pixels. The edit fades into the original over `feather` pixels of the picture from its edge on; None: over half a latent
+    pixel's, from as far beyond the edge on.
     """
 
     source_words: tuple[Word, ...] | None = None
@@ -71,7 +72,10 @@ class Blend:
             "grow": checks.whole(self.grow, "grow", 0, "a whole number of latent pixels, 0 or more"),
             "maps": checks.choice(self.maps, "maps", MAPS),
             "mask": None if self.mask is None else _gray(self.mask),
+            "feather": None if self.feather is None else float(self.feather),
         }
+        if self.mask is not None and self.subtract:
+            raise EditSpecError("a mask and words to subtract were given; take their region out of the mask, or leave one out")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -273,6 +277,8 @@ def combine(*specs: EditSpec) -> EditSpec:
     values: dict[str, Any] = {}
     weights: dict[Word, float] = {}
     for spec in specs:
+        if not isinstance(spec, EditSpec):
+            raise EditSpecError(f"{spec!r}; expected an EditSpec, such as reweight(...)")
         given = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "weights"}
         own = {name: value for name, value in given.items() if value != getattr(default, name)}
         for seen, new in ((values, own), (weights, spec.weights)):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
 import inversion
 from inversion import Move, Predict, Schedule, Trajectory
+from p2p_subject import checks
 from p2p_subject.context import Context
 from p2p_subject.errors import ArgumentError, did_you_mean
 from p2p_subject.maps import MapMean
@@ -36,7 +39,7 @@ class Inversion:
     fingerprint: str
     progress: Callable[[Iterable[Move]], Iterable[Move]]
     callback: Callable[[int, Tensor], None] | None = None
-    told: set[int] = field(default_factory=set)
+    told: list[Move] = field(default_factory=list)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -54,9 +57,9 @@ class Inversion:
         return reported
 
     def tell(self, latents: Tensor, move: Move) -> None:
-        """Call the user's callback, once a step: some methods predict more often."""
-        if self.callback is not None and move.index not in self.told:
-            self.told.add(move.index)
+        """Call the user's callback, once a move: some methods predict more often."""
+        if self.callback is not None and self.told[-1:] != [move]:
+            self.told.append(move)
             self.callback(move.index, latents)
 
 
@@ -73,15 +76,21 @@ def _fixed_point(run: Inversion, *, iterations: int = 5) -> Trajectory:
 
 
 def _negative_prompt(run: Inversion, *, proximal: float | None = None) -> Trajectory:
-    context = run.context.tokens.float()
-    return inversion.negative_prompt(run.predict(), run.latents, run.schedule, context, proximal=proximal, **run.record)
+    return inversion.negative_prompt(
+        run.predict(),
+        run.latents,
+        run.schedule,
+        run.context.tokens,
+        pooled=run.context.pooled,
+        proximal=proximal,
+        **run.record,
+    )
 
 
 def _null_text(
     run: Inversion, *, guidance_scale: float | None = None, inner_steps: int | None = None, optimiser: str = "conjugate"
 ) -> Trajectory:
     def noise(latents: Tensor, move: Move, context: Tensor) -> Tensor:
-        run.tell(latents, move)
         return run.noise(latents, move, run.unconditional.expand(len(context)).with_tokens(context), None)
 
     return inversion.null_text(
@@ -90,7 +99,8 @@ def _null_text(
         run.schedule,
         run.context.tokens.float(),
         run.unconditional.tokens.float(),
-        guidance_scale=run.scale if guidance_scale is None else guidance_scale,
+        conditional=run.predict(),
+        guidance_scale=run.scale if guidance_scale is None else float(guidance_scale),
         inner_steps=inner_steps,
         optimiser=optimiser,
         **run.record,
@@ -100,7 +110,7 @@ def _null_text(
 def _edit_friendly(run: Inversion, *, guidance_scale: float = 3.5, seed: int = 0) -> Trajectory:
     predict = run.predict(guidance_scale)
     return inversion.edit_friendly(
-        predict, run.latents, run.schedule, guidance_scale=guidance_scale, seed=seed, **run.record
+        predict, run.latents, run.schedule, guidance_scale=float(guidance_scale), seed=seed, **run.record
     )
 
 
@@ -114,12 +124,46 @@ METHODS: dict[str, Callable[..., Trajectory]] = {
 }
 
 
-def check(method: str, options: dict[str, Any]) -> None:
-    """Raise `ArgumentError` for a method there is not, or an option that it does not have; runs nothing."""
+def _number(low: float, high: float = math.inf) -> Check:
+    return lambda value: checks.is_number(value, low, high)
+
+
+def _whole(low: int) -> Check:
+    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value >= low
+
+
+Check = Callable[[Any], bool]
+OPTIONS: dict[str, tuple[Check, str, bool]] = {
+    "guidance_scale": (_number(0), "a number of 0 or more, such as 7.5", False),
+    "seed": (_whole(0), "a whole number of 0 or more", False),
+    "iterations": (_whole(1), "a whole number of 1 or more, such as 5", False),
+    "inner_steps": (_whole(0), "a whole number of 0 or more, such as 10, or None", True),
+    "optimiser": (lambda value: value in ("conjugate", "adam"), "'conjugate' or 'adam'", False),
+    "proximal": (lambda value: checks.is_number(value, 0, 1) and 0 < value < 1, "a quantile such as 0.7, or None", True),
+}
+"""Of each option: whether a value will do, what is expected in words, and whether it may be None."""
+
+
+def check(method: str, options: dict[str, Any], *, record: bool = False) -> None:
+    """Raise `ArgumentError` for a method there is not, or an option or value that it does not take; runs nothing."""
     if method not in METHODS:
         raise ArgumentError(f"method={method!r};{did_you_mean(str(method), METHODS)} expected one of {list(METHODS)}")
-    known = [name for name in inspect.signature(METHODS[method]).parameters if name != "run"]
-    for name in options:
+    if record:
+        require_recordable(method)
+    known = {name: own for name, own in inspect.signature(METHODS[method]).parameters.items() if name != "run"}
+    for name, value in options.items():
         if name not in known:
             close = did_you_mean(name, known)
-            raise ArgumentError(f"inversion method {method!r} has no option {name!r};{close} its options: {known or 'none'}")
+            choices = list(known) or "none"
+            raise ArgumentError(f"inversion method {method!r} has no option {name!r};{close} its options: {choices}")
+        fits, expected, optional = OPTIONS[name]
+        if value is None and (optional or known[name].default is None):
+            continue
+        if not fits(value):
+            raise ArgumentError(f"{name}={value!r}; expected {expected}")
+
+
+def require_recordable(method: str) -> None:
+    """Raise `ArgumentError` for a method whose sources have no stored generation to record."""
+    if method == "ddim":
+        raise ArgumentError("a source inverted by 'ddim' is generated again by every edit; record one inverted by 'direct'")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
@@ -24,7 +25,7 @@ from p2p_subject.images import to_tensor
 from p2p_subject.loading import find_model, load_pipeline, miniature_folder
 from p2p_subject.outputs import to_pil
 from p2p_subject.subject import Subject
-from p2p_subject.supported import require_editable, unsupported
+from p2p_subject.supported import bare, require_editable, unsupported
 from p2p_subject.tokens import TokenLayout, layout
 
 __all__ = ["MINIATURE", "SETTINGS", "Model", "fingerprint", "miniature_folder"]
@@ -32,6 +33,9 @@ __all__ = ["MINIATURE", "SETTINGS", "Model", "fingerprint", "miniature_folder"]
 MINIATURE = "miniature"
 SETTINGS = "editing.json"
 """Optional file of a model folder: the guidance scale that suits it. Without it, that of its kind."""
+
+
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 class Model:
@@ -49,7 +53,8 @@ class Model:
     def __init__(self, pipeline: DiffusionPipeline, name: str, guidance_scale: float | None = None) -> None:
         self.pipeline, self.name = pipeline, name
         self.guidance_scale = self.default_guidance if guidance_scale is None else float(guidance_scale)
-        self._lock = threading.RLock()
+        # Of the network, not of this wrapper: two editors may share a pipeline.
+        self._lock = _LOCKS.setdefault(bare(pipeline.unet), threading.RLock())
         self.require_controllable()
 
     @staticmethod
@@ -137,11 +142,17 @@ class Model:
         return self.scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels of the pictures that the model was trained on."""
+        cells = self.unet.config.sample_size
+        height, width = (cells, cells) if isinstance(cells, int) else cells
+        return width * self.scale_factor, height * self.scale_factor
+
+    @property
     def area(self) -> int:
         """Number of pixels of the pictures that the model was trained on."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * width * self.scale_factor**2
+        width, height = self.size
+        return width * height
 
     @property
     def window(self) -> int:

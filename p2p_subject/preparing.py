@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from inversion import Move, Trajectory, reconstruct
+from inversion import Move, Trajectory, TrajectoryError, reconstruct
 from p2p_subject.attention import map_size
 from p2p_subject.context import Context
 from p2p_subject.controller import StepControl, compile_edits
@@ -20,40 +19,58 @@ from p2p_subject.models import Model
 from p2p_subject.prompts import Plan, changes_nothing, describe
 from p2p_subject.sampling import EditRun, Target, guided
 from p2p_subject.source import Source
+from p2p_subject.tokens import TokenLayout
 from p2p_subject.visible import latent_mask
 
-Trace = Callable[[range, StepControl], None]
-"""`trace(steps, control)` runs the network once under `control`, with a row for each of those steps of a source."""
+Read = Callable[[range, StepControl], None]
+"""`read(steps, control)` runs the network once under `control`, with a row for each of those steps of a source."""
 
 
-def tracer(model: Model, trajectory: Trajectory, context: Context) -> Trace:
+def layout_of(model: Model, source: Source) -> TokenLayout:
+    """What the text encoder sees for a source's prompt, its subject included."""
+    return model.layout(source.prompt, subject=source.subject is not None)
+
+
+def context_of(model: Model, source: Source) -> Context:
+    """The context that a source's prompt and subject make."""
+    return model.encode(layout_of(model, source), source.subject)
+
+
+def reader(model: Model, trajectory: Trajectory, context: Context) -> Read:
     """What reads the attention of a stored generation: its steps are independent, so one call takes several."""
     latents = trajectory.to(model.device)
 
-    def trace(steps: range, control: StepControl) -> None:
+    def read(steps: range, control: StepControl) -> None:
         rows = torch.cat([latents.before(index) for index in steps])
         timesteps = torch.tensor([trajectory.schedule.timesteps[index] for index in steps])
         model.trace(rows, timesteps, context.expand(len(steps)), control)
 
-    return trace
+    return read
 
 
 def plan(model: Model, source: Source, specs: Sequence[EditSpec]) -> list[Plan]:
     """Work out what each edit means for the source, and refuse what can be refused without running a network."""
     model.require_controllable()
     source.trajectory.require_model(model.fingerprint)
-    original = model.layout(source.prompt, subject=source.subject is not None)
+    original = layout_of(model, source)
+    if len(source.attention) != original.length:
+        raise TrajectoryError(
+            f"the source holds the attention of {len(source.attention)} tokens, its prompt has {original.length} with this "
+            "model; invert the picture again"
+        )
     plans = [describe(original, spec, model.layout) for spec in specs]
-    for spec, made in zip(specs, plans):
+    for spec in specs:
         if spec.subject is not None:
             model.require_subject(spec.subject)
         if spec.blend is not None and spec.blend.mask is not None:
             load_mask(spec.blend.mask, source.image.size)
-        if changes_nothing(original, made, spec):
-            warnings.warn(
-                f"the edit {made.layout.prompt!r} is the identity: prompt and weights are the source's own", stacklevel=4
-            )
     return plans
+
+
+def identities(model: Model, source: Source, specs: Sequence[EditSpec], plans: Sequence[Plan]) -> list[str]:
+    """Prompts of the edits that change nothing."""
+    original = layout_of(model, source)
+    return [made.layout.prompt for spec, made in zip(specs, plans) if changes_nothing(original, made, spec)]
 
 
 def prepare(
@@ -63,9 +80,10 @@ def prepare(
     plans: Sequence[Plan],
     scale: float,
     negative_prompt: str | None,
+    first: int,
     progress: Callable[[Iterable[Move]], Iterable[Move]],
 ) -> EditRun:
-    """Compile the edits, encode their texts and subjects; a source that is to be replayed is, at `scale`."""
+    """Compile the edits from sampling step `first` on, encode their texts and subjects; replay a source that is to be."""
     trajectory = source.trajectory.to(model.device)
     if negative_prompt is not None and trajectory.null_embeddings is not None:
         raise ArgumentError(
@@ -74,15 +92,15 @@ def prepare(
         )
     size, steps = tuple(trajectory.latents.shape[-2:]), trajectory.schedule.steps
     layouts = [made.layout for made in plans]
-    controller = compile_edits(specs, [made.alignment for made in plans], layouts, steps, size, model.device)
-    negative = model.unconditional(negative_prompt)
-    original = model.encode(model.layout(source.prompt, subject=source.subject is not None), source.subject)
+    controller = compile_edits(specs, [made.alignment for made in plans], layouts, steps, size, model.device, first)
+    negative = model.unconditional(trajectory.negative_prompt if negative_prompt is None else negative_prompt)
+    original = context_of(model, source)
     targets = [_target(model, source, spec, made, size) for spec, made in zip(specs, plans)]
     calls: list[int] = []
 
     def unconditional(index: int) -> Context:
         null = trajectory.unconditional(index)
-        return negative if null is None else negative.with_tokens(null)
+        return negative if null is None else negative.with_tokens(null, trajectory.null_pooled)
 
     def noise(latents: Tensor, move: Move, context: Context, control: StepControl | None = None) -> Tensor:
         calls.append(len(latents))

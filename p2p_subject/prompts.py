@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from p2p_subject.alignment import Alignment, align, is_identity, refinement, replacement
 from p2p_subject.blend import competitors, rule_of
-from p2p_subject.edits import EditSpec, Word
-from p2p_subject.errors import PromptError, WordNotFoundError
+from p2p_subject.edits import Blend, EditSpec, Word
+from p2p_subject.errors import EditSpecError, PromptError, WordNotFoundError
 from p2p_subject.tokens import TokenLayout
 
 Columns = tuple[int, ...]
@@ -37,6 +37,11 @@ class Plan:
     source_words: Words
     target_words: Words
 
+    @property
+    def makes_mask(self) -> bool:
+        """Whether there are words whose attention makes a mask, or is taken out of one."""
+        return any(words.columns or words.subtract for words in (self.source_words, self.target_words))
+
 
 def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLayout]) -> Plan:
     """Work out what an edit means for a source; `layout(prompt, subject=bool)` makes the target's layout.
@@ -62,7 +67,13 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     else:
         labels = _target_label(source, target, spec, place)
     ours, theirs = _subtracted(source, target, spec.blend.subtract)
-    return Plan(target, alignment, _words(source, _labelled(source, named), ours), _words(target, labels, theirs))
+    plan = Plan(target, alignment, _words(source, _with_subject(source, named), ours), _words(target, labels, theirs))
+    if not plan.makes_mask and spec.blend.mask is None and spec.blend != Blend():
+        raise EditSpecError(
+            f"blend={spec.blend} shapes a mask, but nothing says which words make it; name them in source_words or "
+            "target_words, or pass swap= or a mask"
+        )
+    return plan
 
 
 def aligned(source: TokenLayout, target: TokenLayout, spec: EditSpec) -> Alignment:
@@ -115,6 +126,14 @@ def require_subject_first(layout: TokenLayout, category: str) -> None:
 def word_and_index(word: Word) -> tuple[str, int | None]:
     """A word as (text, index), the index None where it was not given."""
     return (word, None) if isinstance(word, str) else (word[0], word[1])
+
+
+def _with_subject(source: TokenLayout, words: tuple[Word, ...]) -> tuple[tuple[str, Columns], ...]:
+    """Words of the source with their columns; the one behind the subject that the source was generated with has its too."""
+    return tuple(
+        (word, (*source.subject, *own) if source.subject and own[0] == source.subject.stop else own)
+        for word, own in _labelled(source, words)
+    )
 
 
 def _labelled(layout: TokenLayout, words: tuple[Word, ...]) -> tuple[tuple[str, Columns], ...]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from inversion import TrajectoryError
 from p2p_subject.controller import MapSink, StepControl, Trace
-from p2p_subject.maps import MapMean
 
 Layers = dict[str, tuple[Tensor, Tensor]]
 PREFIX = "recording."
@@ -61,13 +60,13 @@ class Recording:
             not self_pixels or (index < self.self_steps and self_pixels <= self.self_pixels)
         )
 
-    def at(self, index: int, cross: bool, self_pixels: int, device: torch.device) -> Layers:
-        """Queries and keys (1, H, Q or S, d) of step `index` by layer, on `device`: those that the step borrows."""
+    def at(self, index: int, cross: bool, self_pixels: int, like: Tensor) -> Layers:
+        """Queries and keys (1, H, Q or S, d) of step `index` by layer: those that the step borrows, as `like` is placed."""
         wanted = [layer for layer in self.queries if (cross if is_cross(layer) else self_pixels > 0)]
         return {
             layer: (
-                self.queries[layer][index : index + 1].to(device),
-                (self.keys[layer] if is_cross(layer) else self.keys[layer][index : index + 1]).to(device),
+                self.queries[layer][index : index + 1].to(like),
+                (self.keys[layer] if is_cross(layer) else self.keys[layer][index : index + 1]).to(like),
             )
             for layer in wanted
         }
@@ -92,6 +91,18 @@ class Recording:
         keys = {key.removeprefix("key."): value for key, value in own.items() if key.startswith("key.")}
         if queries.keys() != keys.keys() or not queries or not {"maps", "self_pixels"} <= own.keys():
             raise TrajectoryError(f"{name}: the recording in it is incomplete; record the source again")
+        steps = len(own["maps"])
+        for layer, query in queries.items():
+            key = keys[layer]
+            counts = (len(query) == steps and len(key) == 1) if is_cross(layer) else len(query) == len(key)
+            fits = query.ndim == key.ndim == 4 and query.shape[1] == key.shape[1] and query.shape[3] == key.shape[3]
+            if not (counts and fits and query.isfinite().all() and key.isfinite().all()):
+                raise TrajectoryError(
+                    f"{name}: the recording of {layer} is damaged: queries {tuple(query.shape)}, keys {tuple(key.shape)} for "
+                    f"{steps} steps; record the source again"
+                )
+        if own["self_pixels"].numel() != 1 or own["maps"].ndim != 3 or not own["maps"].isfinite().all():
+            raise TrajectoryError(f"{name}: the maps of the recording in it are damaged; record the source again")
         return cls(queries, keys, own["maps"], int(own["self_pixels"]))
 
 
@@ -105,8 +116,8 @@ def record(
     device: torch.device | str,
     batch: int = 4,
     progress: Callable[[Iterable[range]], Iterable[range]] = iter,
-) -> Recording:
-    """Gather a recording of the first steps of a source, as many as `budget` bytes hold, on `device`.
+) -> Recording | None:
+    """Gather a recording of the first steps of a source, as many as `budget` bytes hold, on `device`; None if none do.
 
     `trace(steps, control)` runs the network once with a row for each of those sampling steps, under `control`. Steps are
     gathered `batch` at a time.
@@ -125,7 +136,11 @@ def record(
             wanted = {
                 layer: pair for layer, pair in taken.taken.items() if index < (cross_steps if is_cross(layer) else self_steps)
             }
-            size = sum(q[row].nbytes + (k[row].nbytes if not is_cross(n) else 0) for n, (q, k) in wanted.items())
+            # Keys of cross-attention are the same at every step, and kept once.
+            new = [k[row] for layer, (_, k) in wanted.items() if not is_cross(layer) or layer not in keys]
+            if index < cross_steps:
+                new.append(maps_of_steps[row])
+            size = sum(tensor.nbytes for tensor in new) + sum(q[row].nbytes for q, _ in wanted.values())
             if used + size > budget:
                 full = True
                 break
@@ -136,6 +151,8 @@ def record(
                     keys.setdefault(layer, []).append(key[row].to(device))
             if index < cross_steps:
                 maps.append(maps_of_steps[row].to(device))
+    if not queries:
+        return None
     # Taken out one by one: what is stacked need not be held twice.
     return Recording(
         {layer: torch.stack(queries.pop(layer)) for layer in list(queries)},
@@ -143,15 +160,6 @@ def record(
         torch.stack(maps) if maps else torch.empty(0, map_pixels, 0),
         self_pixels,
     )
-
-
-def read_maps(trace: Callable[[range, StepControl], None], maps: MapMean, steps: int, batch: int = 4) -> None:
-    """Give `maps` the cross-attention of all `steps` steps of a source; `trace` as for `record`."""
-    for indices in _batches(steps, batch):
-        sink = maps.sink(range(len(indices)))
-        trace(indices, StepControl(rows=len(indices), sink=sink))
-        for row, index in zip(sink.mean().split(1), indices):
-            maps.add(row, index)
 
 
 def _batches(count: int, size: int) -> Iterator[range]:

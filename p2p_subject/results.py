@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,13 +53,12 @@ def result_of(
     # Pixels a side of one latent pixel: edits reach half a one beyond their mask and fade over another half.
     cell = scale_factor * max(source.image.size) / max(source.frame.model_size)
     pixels = _pixels(run.targets[k], spec, source, source_maps, target_maps, cell)
-    if pixels is not None and not pixels.any():
-        warnings.warn(f"the mask of {plan.layout.prompt!r} is empty: nothing changed; lower its threshold", stacklevel=4)
     if image is not None:
         image = restore(image, source.frame)
         if paste and pixels is not None:
-            width = cell / 2 if spec.blend.feather is None else spec.blend.feather
-            image = paste_back(source.image, image, feather(pixels, round(width), width))
+            width = spec.blend.feather
+            alpha = feather(pixels, round(cell / 2), cell / 2) if width is None else feather(pixels, 0, width)
+            image = paste_back(source.image, image, alpha)
     return EditResult(
         image=image,
         mask=None if pixels is None else to_gray(pixels),

@@ -8,6 +8,7 @@ nothing is borrowed: K targets cost 1 + 2 K rows in the windows of the edit, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -65,13 +66,21 @@ class Target:
     fixed_mask: Tensor | None = None
 
     @property
+    def reads_maps(self) -> bool:
+        """Whether words' attention is asked for, be it for the mask or for its heat maps."""
+        return any(words.columns or words.subtract for words in (self.source_words, self.target_words))
+
+    @property
     def follows_running_maps(self) -> bool:
         """Whether the mask is made from maps of the edit's own steps alone, the source's included."""
-        return self.blend is not None and self.blend.maps == "running" and self.fixed_mask is None
+        return self.reads_maps and self.blend.maps == "running" and self.fixed_mask is None
 
 
 def edit_mask(target: Target, source_maps: Tensor, target_maps: Tensor, size: tuple[int, int], grow: int) -> Tensor | None:
-    """The mask (H, W) of an edit at `size`, float32 of 0 and 1, from maps (T, h, w); None where no words make one."""
+    """The mask (H, W) of an edit at `size`, float32 of 0 and 1, from maps (T, h, w); None where no words make one.
+
+    Words to subtract are taken out of the regions of the edited words, or of all of the picture where none are named.
+    """
     rule = rule_of(target.blend.rule)
     threshold = rule.threshold if target.blend.threshold is None else target.blend.threshold
     found, taken_out = [], []
@@ -80,6 +89,8 @@ def edit_mask(target: Target, source_maps: Tensor, target_maps: Tensor, size: tu
             found.append(region(maps, words.columns, words.others, rule, size))
         if words.subtract is not None:
             taken_out.append(subtracted_region(maps, words.subtract.columns, words.subtract.others, rule, size))
+    if taken_out and not found:
+        found = [torch.full_like(taken_out[0], math.inf)]
     return binary_mask(found, threshold, grow, taken_out) if found else None
 
 
@@ -118,12 +129,14 @@ class EditRun:
 
         rows = len(context)
         read = range(rows - count, rows)
-        sink = self.maps.sink([0, *read] if running and replays else read)
+        reads = any(target.reads_maps for target in self.targets)
+        sink = self.maps.sink([0, *read] if running and replays else read) if reads else None
         stacked = torch.cat([*[self.source.before(index)] * replays, *[latents] * (1 if self.scale == 1 else 2)])
         predicted = self.noise(stacked, move, context, controller.at(index, rows, sink, recorded))
 
-        maps = sink.mean()
-        self.maps.add(maps[-count:], index)
+        if sink is not None:
+            maps = sink.mean()
+            self.maps.add(maps[-count:], index)
         if running:
             own = maps[:1] if replays else self.recording.maps_at(index, maps.device)
             self.running_maps.add(own, index)
@@ -138,7 +151,7 @@ class EditRun:
         crosses, pixels = controller.crosses(index), controller.borrows(index)
         if not self.recording.holds(index, crosses or running, pixels):
             return None
-        return self.recording.at(index, crosses, pixels, self.source.latents.device)
+        return self.recording.at(index, crosses, pixels, self.source_context.tokens)
 
     def after(self, latents: Tensor, move: Move) -> Tensor:
         """Edited latents inside each target's mask, the source's outside."""
@@ -154,7 +167,9 @@ class EditRun:
         return torch.stack(blended)
 
     def seen(self, k: int) -> tuple[Tensor, Tensor]:
-        """The maps (T, h, w) of source and target so far that make the mask of target `k`."""
+        """Maps (T, h, w) of source and target so far, for the mask of target `k`; without words, the source's twice."""
+        if not self.targets[k].reads_maps:
+            return self.source_maps, self.source_maps
         if self.targets[k].follows_running_maps:
             return self.running_maps.running()[0], self.maps.running()[k]
         return self.source_maps, self.maps.mean()[k]

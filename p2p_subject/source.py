@@ -73,6 +73,11 @@ class Source:
             if given.dtype != kind or given.ndim != len(shape) or any(a not in (b, "any") for a, b in zip(shape, given.shape)):
                 expected = ", ".join(map(str, shape))
                 raise TrajectoryError(f"{path}: {name} is {tuple(given.shape)} {given.dtype}; expected ({expected}) {kind}")
+        if not tensors["attention"].isfinite().all() or (tensors["model_size"] < 1).any():
+            raise TrajectoryError(f"{path}: its attention or its model_size is damaged; invert the picture again")
+        subject = tensors.get("subject")
+        if subject is not None and (subject.ndim != 3 or len(subject) != 1 or not subject.isfinite().all()):
+            raise TrajectoryError(f"{path}: subject is {tuple(subject.shape)}; expected finite embeddings (1, Nq, D)")
         image = Image.fromarray(tensors["image"].numpy())
         width, height = tensors["model_size"].tolist()
         frame = Frame(image.size, (width, height))

@@ -96,10 +96,11 @@ class StableDiffusionXLModel(StableDiffusionModel):
     def _autoencoder(self) -> Iterator[AutoencoderKL]:
         """The VAE, in single precision where half would overflow, as its configuration says of Stable Diffusion XL's."""
         vae = self.pipeline.vae
-        if vae.dtype != torch.float16 or not vae.config.force_upcast:
-            yield vae
-            return
+        # Locked before it is looked at: another thread may have it in single precision for the moment.
         with self._lock:
+            if vae.dtype != torch.float16 or not vae.config.force_upcast:
+                yield vae
+                return
             vae.to(torch.float32)
             try:
                 yield vae

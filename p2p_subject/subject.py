@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -29,7 +29,7 @@ class Subject:
     once, so that a bad one is refused before any model runs. Raises `SubjectError`, `ImageError`.
     """
 
-    pictures: Any
+    pictures: Any = field(hash=False)
     category: str
 
     def __post_init__(self) -> None:

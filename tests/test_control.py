@@ -224,7 +224,14 @@ def test_a_window_of_k_steps_of_n_holds_k_steps(steps: int, data) -> None:
 
 @pytest.mark.parametrize(
     ("side", "latent", "pixels"),
-    [(None, (64, 64), 32 * 32), (16, (64, 64), 256), (None, (64, 96), 32 * 48), (None, (16, 8), 8 * 4), (64, (64, 64), 4096)],
+    [
+        (None, (31, 33), 16 * 17),
+        (None, (64, 64), 32 * 32),
+        (16, (64, 64), 256),
+        (None, (64, 96), 32 * 48),
+        (None, (16, 8), 8 * 4),
+        (64, (64, 64), 4096),
+    ],
 )
 def test_self_attention_follows_up_to_half_the_latents_side(side, latent, pixels) -> None:
     assert self_pixels(side, latent) == pixels
@@ -260,5 +267,5 @@ def test_weights_of_one_of_two_equal_words_and_weights_without_a_step() -> None:
     spec = EditSpec(prompt="cat cat", cross_replace=0.5, weights={("cat", 1): 3.0})
     controller = compile_edits([spec], [IDENTITY], [layout], 4, (16, 8))
     assert torch.equal(controller.at(0, 3).from_source[0].diag(), torch.tensor([1.0, 1, 3, 1, 1, 1]))
-    with pytest.raises(EditSpecError, match="can have no effect: of 1 steps"):
+    with pytest.raises(EditSpecError, match="can have no effect: of the 1 steps"):
         compile_edits([spec], [IDENTITY], [layout], 1, (16, 8))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from inversion import ModelMismatchError, NonFiniteError, StepsError, TrajectoryError
-from p2p_subject import Blend, Editor, EditSpec, Source, Subject, combine, reweight, swap_subject
+from inversion.trajectory import read_safetensors, write_safetensors
+from p2p_subject import Blend, Editor, EditSpec, Source, Subject, attention, combine, reweight, swap_subject
 from p2p_subject.errors import (
     ArgumentError,
     EditSpecError,
@@ -28,6 +29,7 @@ from p2p_subject.errors import (
 )
 from p2p_subject.models import fingerprint
 from p2p_subject.outputs import feather
+from p2p_subject.prompts import describe
 
 STEPS = 4
 
@@ -108,14 +110,58 @@ def test_a_recording_survives_saving_if_asked(editor, source, dog, tmp_path) -> 
 def test_a_recording_keeps_within_its_budget(editor, source, dog) -> None:
     whole = editor.record(source, cross_replace=1.0, self_replace=1.0).recording
     assert whole.cross_steps == whole.self_steps == STEPS
-    with pytest.warns(UserWarning, match="the recording holds 2 of 4 steps"):
-        part = editor.record(source, cross_replace=1.0, self_replace=1.0, budget=int(0.6 * whole.bytes))
-    assert part.recording.cross_steps == 2 and part.recording.bytes <= 0.6 * whole.bytes
+    budget = int(0.6 * whole.bytes)
+    with pytest.warns(UserWarning, match="cross-attention of 2 of 4 steps and self-attention of 2 of 4"):
+        part = editor.record(source, cross_replace=1.0, self_replace=1.0, budget=budget).recording
+    # All that is counted but the number of pixels itself.
+    assert part.cross_steps == 2 and part.bytes <= budget + 8
+    with pytest.warns(UserWarning):
+        part = editor.record(source, cross_replace=1.0, self_replace=1.0, budget=budget)
     assert editor.edit(part, swap_subject("cat", dog, cross_replace=1.0)).unet_rows == 2 * 2 + 3 * 2
-    with pytest.warns(UserWarning, match="the recording holds 0 of 4 steps"):
-        none = editor.record(source, cross_replace=1.0, budget=0)
-    spec = swap_subject("cat", dog)
-    assert same(editor.edit(none, spec), editor.edit(source, spec))
+    for windows in ({"cross_replace": 1.0}, {"cross_replace": 0.0, "self_replace": 1.0}):
+        with pytest.warns(UserWarning, match="holds cross-attention of 0 of"):
+            none = editor.record(source, **windows, budget=10)
+        assert none.recording is None
+    for bad in ({"cross_replace": {"cat": 0.5}}, {"budget": "2GB"}, {"self_replace": 2}, {"self_resolution": 0}):
+        with pytest.raises(EditSpecError, match="expected"):
+            editor.record(source, **bad)
+
+
+def test_a_recording_serves_a_model_of_another_precision(editor, source, dog, miniature_folder, tmp_path) -> None:
+    editor.record(source).save(tmp_path / "r.safetensors", recording=True)
+    half = Editor.from_pretrained(miniature_folder, dtype=torch.bfloat16)
+    read = Source.load(tmp_path / "r.safetensors")
+    assert half.edit(read, swap_subject("cat", dog)).unet_rows == 2 * STEPS
+    back = half.record(source)
+    assert editor.edit(back, swap_subject("cat", dog)).latents.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: {"recording.self_pixels": torch.tensor([1, 2])}, "maps of the recording in it are damaged"),
+        (lambda r: {"recording.maps": r.maps[:1]}, "is damaged: queries"),
+        (lambda r: {"recording.maps": None}, "is incomplete"),
+        (lambda r: dict.fromkeys(list(r.tensors())[:1], torch.full((3, 2, 4, 4), torch.nan)), "is damaged: queries"),
+        (lambda r: {"attention": torch.full((3, 2, 2), torch.nan)}, "its attention or its model_size is damaged"),
+        (lambda r: {"model_size": torch.tensor([0, 0])}, "its attention or its model_size is damaged"),
+        (lambda r: {"subject": torch.zeros(2, 3)}, r"subject is \(2, 3\); expected finite embeddings"),
+    ],
+)
+def test_a_damaged_file_is_refused_when_it_is_loaded(editor, source, tmp_path, change, message) -> None:
+    path, recorded = tmp_path / "r.safetensors", editor.record(source)
+    recorded.save(path, recording=True)
+    tensors, metadata = read_safetensors(path)
+    tensors = {name: value for name, value in (tensors | change(recorded.recording)).items() if value is not None}
+    write_safetensors(path, {name: value.contiguous() for name, value in tensors.items()}, metadata)
+    with pytest.raises(TrajectoryError, match=message):
+        Source.load(path)
+
+
+def test_attention_of_another_length_is_refused_before_any_network(editor, source, dog, monkeypatch) -> None:
+    Counted(editor, monkeypatch)
+    with pytest.raises(TrajectoryError, match="holds the attention of 3 tokens"):
+        editor.edit(replace(source, attention=source.attention[:3]), swap_subject("cat", dog))
 
 
 def test_inverting_with_record_records(editor) -> None:
@@ -171,6 +217,67 @@ def test_following_the_source_in_everything_reproduces_it(editor) -> None:
     assert (result.latents - source.trajectory.clean).abs().max() < 1e-4
 
 
+def test_a_source_keeps_its_negative_prompt(editor, tmp_path) -> None:
+    source = editor.generate("a cat on grass", seed=3, steps=STEPS, guidance_scale=3, negative_prompt="a fox")
+    source.save(tmp_path / "s.safetensors")
+    spec = EditSpec(prompt="a cat on grass", cross_replace=0, self_replace=0, blend=None)
+    with pytest.warns(UserWarning, match="is the identity"):
+        result = editor.edit(Source.load(tmp_path / "s.safetensors"), spec)
+    assert torch.equal(result.latents, source.trajectory.clean)
+
+
+def test_subtracting_alone_keeps_those_words_and_changes_the_rest(editor, source) -> None:
+    threshold = float(np.quantile(editor.heatmaps(source, ["cat"], rule="share")[0], 0.5))
+    spec = EditSpec(prompt="a cat on sand", blend=Blend(subtract=["cat"], threshold=threshold))
+    result = editor.edit(source, spec, paste=False)
+    kept = editor.heatmaps(source, ["cat"], rule="share")[0] > threshold
+    assert not (np.asarray(result.mask)[kept] > 0).any() and (np.asarray(result.mask) > 0).any()
+    with pytest.raises(EditSpecError, match="a mask and words to subtract"):
+        Blend(subtract=["cat"], mask=np.ones((4, 4), bool))
+    with pytest.raises(EditSpecError, match="nothing says which words make it"):
+        editor.edit(source, EditSpec(prompt="a cat on sand", blend=Blend(threshold=0.5)))
+
+
+def test_an_edit_fades_over_its_feather_and_no_further(editor, source, dog) -> None:
+    mask = np.zeros((64, 64), bool)
+    mask[:, 24:40] = True
+    image = editor.edit(source, swap_subject("cat", dog, blend=Blend(mask=mask, feather=4))).image
+    changed = (np.asarray(image) != np.asarray(source.image)).any((0, 2))
+    assert changed[24:40].all() and not changed[:21].any() and not changed[43:].any()
+
+
+def test_weights_whose_steps_are_skipped_are_refused(editor, source) -> None:
+    with pytest.raises(EditSpecError, match="of the 2 steps that are run"):
+        editor.edit(source, reweight({"cat": 3.0}, cross_replace=0.25, blend=None), skip=0.5)
+
+
+def test_two_editors_may_share_a_pipeline_among_threads(editor, source, dog) -> None:
+    editors = [Editor.from_pipeline(editor.model.pipeline) for _ in range(3)]
+    alone = editor.edit(source, swap_subject("cat", dog), guidance_scale=2.0)
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda own: own.edit(source, swap_subject("cat", dog), guidance_scale=2.0), editors))
+    assert all(same(alone, other) for other in together)
+
+
+def test_a_job_started_by_a_callback_is_refused_by_name(editor, source, dog) -> None:
+    with pytest.raises(HookError, match="in the middle of a job"):
+        editor.edit(source, swap_subject("cat", dog), callback=lambda step, latents: editor.generate("a cat", steps=1))
+
+
+def test_maps_are_built_only_where_they_are_read(editor, source, monkeypatch) -> None:
+    built = []
+    monkeypatch.setattr(attention, "_maps", lambda *given: built.append(given))
+    editor.edit(source, EditSpec(prompt="a cat on sand", blend=None))
+    assert not built
+
+
+def test_the_mask_of_a_source_with_a_subject_is_read_from_its_columns_too(editor, dog) -> None:
+    source = editor.generate("a dog on grass", subject=dog, seed=0, steps=2)
+    original = editor.model.layout("a dog on grass", subject=True)
+    made = describe(original, swap_subject("dog", Subject(picture(seed=2), "cat")), editor.model.layout)
+    assert set(made.source_words.columns) == {*original.subject, *original.columns("dog")} and source.subject is not None
+
+
 def test_weights_alone_are_an_edit(editor, source) -> None:
     plain = EditSpec(prompt="a cat on grass", blend=None, cross_replace=1.0)
     with pytest.warns(UserWarning, match="identity"):
@@ -197,7 +304,7 @@ def test_skipped_steps_are_the_sources(editor, source, dog) -> None:
     spec = swap_subject("cat", dog, blend=None, cross_replace=1.0)
     result = editor.edit(source, spec, skip=0.5, callback=lambda step, latents: seen.append(step))
     assert seen == [2, 3] and result.unet_rows == 3 * 2
-    for bad in (1, -0.1, "half", True):
+    for bad in (1, 1 - 1e-12, -0.1, "half", True):
         with pytest.raises(ArgumentError, match="skip="):
             editor.edit(source, spec, skip=bad)
 
@@ -234,7 +341,9 @@ def test_every_inversion_can_be_edited_and_saved(editor, dog, tmp_path, method) 
 def test_a_callback_is_told_every_step_once_and_may_cancel(editor, method) -> None:
     seen = []
     editor.invert(picture(), "a cat", steps=STEPS, method=method, callback=lambda step, x: seen.append((step, tuple(x.shape))))
-    assert sorted(step for step, _ in seen) == list(range(STEPS)) and {shape for _, shape in seen} == {(1, 4, 16, 16)}
+    # Null-text passes over the steps twice: it inverts, then it optimises.
+    times = 2 if method == "null_text" else 1
+    assert sorted(step for step, _ in seen) == sorted([*range(STEPS)] * times) and {s for _, s in seen} == {(1, 4, 16, 16)}
     told = []
     source = editor.generate("a cat", seed=0, steps=STEPS, callback=lambda step, latents: told.append(latents))
     assert all(torch.equal(x, source.trajectory.after(step)) for step, x in enumerate(told)) and len(told) == STEPS
@@ -257,6 +366,19 @@ def test_unknown_methods_and_options_are_refused_before_any_network(editor, monk
         editor.invert(picture(), "a cat", method="null_text", inner_step=3)
     with pytest.raises(ArgumentError, match="'direct' has no option 'seed'.* none"):
         editor.invert(picture(), "a cat", seed=3)
+    with pytest.raises(ArgumentError, match="generated again by every edit"):
+        editor.invert(picture(), "a cat", method="ddim", record=True)
+    for method, bad in (
+        ("null_text", {"guidance_scale": "high"}),
+        ("null_text", {"inner_steps": -1}),
+        ("null_text", {"optimiser": "sgd"}),
+        ("edit_friendly", {"guidance_scale": None}),
+        ("edit_friendly", {"seed": "x"}),
+        ("fixed_point", {"iterations": 0}),
+        ("negative_prompt", {"proximal": 1}),
+    ):
+        with pytest.raises(ArgumentError, match=f"{next(iter(bad))}=.*; expected"):
+            editor.invert(picture(), "a cat", method=method, **bad)
 
 
 def test_a_negative_prompt_against_an_inversion_that_sets_it_is_refused(editor, dog) -> None:
@@ -432,7 +554,7 @@ def test_bad_input_is_refused_before_any_network_runs(editor, source, dog, monke
         editor.invert("no/such/picture.png", "a cat")
     with pytest.raises(MaskError):
         editor.edit(source, swap_subject("cat", dog), mask=np.zeros((64, 64)))
-    for bad in ("a dog", [], [3]):
+    for bad in ("a dog", [], [3], None, 3):
         with pytest.raises(EditSpecError, match="expected an EditSpec"):
             editor.edit(source, bad)
     with pytest.raises(ArgumentError, match="output_type"):
@@ -440,8 +562,13 @@ def test_bad_input_is_refused_before_any_network_runs(editor, source, dog, monke
     for scale in (-1, float("nan"), "high"):
         with pytest.raises(ArgumentError, match="guidance_scale"):
             editor.edit(source, swap_subject("cat", dog), guidance_scale=scale)
-    with pytest.raises(EditSpecError, match="multiples of 16"):
-        editor.generate("a cat", size=(60, 64))
+    for size in ((60, 64), 64, (64.0, 64.0), (64, 64, 64), (0, 64)):
+        with pytest.raises(ArgumentError, match="multiples of 16"):
+            editor.generate("a cat", size=size)
+    with pytest.raises(EditSpecError, match="seed=1.5; expected a whole number"):
+        editor.generate("a cat", seed=1.5)
+    with pytest.raises(ArgumentError, match=r"expected a list of words, such as \['cat'\]"):
+        editor.heatmaps(source, "cat")
     with pytest.raises(TrajectoryError, match=r"expected \(1, 4, h, w\)"):
         editor.generate("a cat", latents=torch.zeros(1, 3, 16, 16))
 

@@ -64,6 +64,27 @@ def test_every_inversion_works_on_every_kind(editor, method) -> None:
     assert torch.isfinite(result.latents).all() and kept is (method != "ddim")
 
 
+def test_the_guided_reconstruction_of_a_negative_prompt_inversion_is_the_unguided_one(editor) -> None:
+    """Pooled text included: guidance of a source against its own prompt cancels on every kind of model."""
+    source = editor.invert(picture(), "a cat on grass", steps=STEPS, method="negative_prompt")
+    spec = EditSpec(prompt="a cat on grass", cross_replace=0, self_replace=0, blend=None)
+    with pytest.warns(UserWarning, match="identity"):
+        unguided, guided = (editor.edit(source, spec, guidance_scale=scale).latents for scale in (1, 6))
+    assert (guided - unguided).abs().max() < 1e-2 * unguided.abs().max()
+
+
+def test_null_text_brings_the_guided_reconstruction_nearer_to_the_picture(editor) -> None:
+    spec = EditSpec(prompt="a cat on grass", cross_replace=0, self_replace=0, blend=None)
+
+    def error(method: str, **options: object) -> float:
+        source = editor.invert(picture(), "a cat on grass", steps=STEPS, method=method, **options)
+        with pytest.warns(UserWarning, match="identity"):
+            result = editor.edit(source, spec, guidance_scale=3.0)
+        return float((result.latents - source.trajectory.clean).square().mean())
+
+    assert error("null_text", guidance_scale=3.0, inner_steps=8) < 0.7 * error("direct")
+
+
 def test_subjects_are_refused_by_models_that_take_none(editor) -> None:
     source = editor.invert(picture(), "a cat on grass", steps=2)
     for job in (

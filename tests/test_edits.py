@@ -33,8 +33,9 @@ blends = st.builds(
     grow=st.integers(0, 3),
     feather=st.none() | st.floats(0, 9),
     maps=st.sampled_from(["recorded", "running"]),
-    mask=st.none() | st.integers(1, 255).map(lambda level: np.full((2, 3), level, np.uint8)),
+    mask=st.none(),
 )
+masks = st.integers(1, 255).map(lambda level: Blend(mask=np.full((2, 3), level, np.uint8)))
 words = st.text(min_size=1, max_size=5).filter(str.strip)
 # Not empty: weights act within it.
 full = st.floats(0.1, 1) | st.tuples(st.floats(0, 0.4), st.floats(0.5, 1))
@@ -47,7 +48,7 @@ specs = st.builds(
     self_replace=windows,
     self_resolution=st.none() | st.integers(1, 64),
     weights=st.dictionaries(words | st.tuples(words, st.integers(0, 3)), st.floats(-9, 9), max_size=2),
-    blend=st.none() | blends,
+    blend=st.none() | blends | masks,
 )
 
 

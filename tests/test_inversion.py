@@ -134,10 +134,10 @@ def test_save_and_load_round_trip(tmp_path_factory, steps, height, width, null, 
         "ddim",
         2.5,
         "abc",
-        embeddings,
-        noises,
-        proximal,
-        replay,
+        null_embeddings=embeddings,
+        noises=noises,
+        proximal=proximal,
+        replay=replay,
     )
     made.save(path)
     read = Trajectory.load(path)

@@ -397,6 +397,16 @@ def test_what_is_close_enough_costs_two_rows_a_step() -> None:
     assert published_tolerance(0) == 1e-5 and published_tolerance(49) == pytest.approx(9.9e-4)
 
 
+def test_the_prompts_prediction_may_depend_on_more_than_its_context() -> None:
+    schedule, (context, null), noise = make_schedule(5), texts(), TextNetwork()
+
+    def conditional(x: Tensor, move: Move) -> Tensor:
+        return noise(x, move, context) + 0.01
+
+    made = null_text(noise, normal(1, 4, 6, 6), schedule, context, null, conditional=conditional)
+    assert torch.equal(made.latents, ddim(conditional, normal(1, 4, 6, 6), schedule).latents)
+
+
 def test_the_published_descent_is_adam_of_torch() -> None:
     schedule, (context, null) = make_schedule(3), texts()
     noise, clean = TextNetwork(), normal(1, 4, 6, 6)

@@ -123,7 +123,7 @@ def test_everything_is_measured_and_rows_are_counted(
     assert {case: rows[case]["rows"] / STEPS for case in a_step} == a_step
     assert all(rows[case]["rows"] == int(case[-1]) and rows[case]["unet_calls"] == 1 for case in speed.STEPS)
     assert all(rows[case]["seconds"] > 0 for case in speed.TIMED if case in rows) and rows["run record"]["recording"] > 0
-    assert rows["equality"]["equal"] and rows["equality"]["deviation"] < 1e-3 and 0 < rows["equality"]["mask"] < 1
+    assert rows["equality"]["equal"] and rows["equality"]["deviation"] < 1e-3 and rows["equality"]["mask"] > 0
     assert rows["startup inversion"]["beside_torch"] == [] and rows["startup help"]["torch"] is False
     assert rows["step edit-3"]["settings"]["steps"] == STEPS and rows["step edit-3"]["environment"]["versions"]["torch"]
     text = capsys.readouterr().out
@@ -133,6 +133,8 @@ def test_everything_is_measured_and_rows_are_counted(
 
 
 def test_a_rerun_goes_on_where_the_last_one_stopped(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = speed.environment("cpu")
+    monkeypatch.setattr(speed, "environment", lambda device: same)
     chosen = ("--cases", "step plain-2", "run generate")
     run(tiny, tmp_path, *chosen, "--repeats", "1")
     first = (tmp_path / "cases.jsonl").read_text()
@@ -141,7 +143,7 @@ def test_a_rerun_goes_on_where_the_last_one_stopped(tiny: Path, tmp_path: Path, 
     after = (tmp_path / "cases.jsonl").read_text()
     assert after.startswith(first)
     rows = [json.loads(line) for line in after.splitlines() if line.endswith("}")]
-    names = ["step plain-2", "run generate", "run generate-4"]
+    names = ["step plain-2", "run generate"]
     assert [(row["case"], row["round"]) for row in rows] == [(name, number) for number in (1, 2) for name in names]
 
     def nothing(*_: object) -> None:
@@ -226,6 +228,13 @@ def test_with_matplotlib_there_is_one(tmp_path: Path) -> None:
 
 def test_fresh_processes_are_others() -> None:
     assert in_fresh_process(os.getpid) != os.getpid()
+
+
+def test_cases_are_chosen_by_name_or_by_how_they_begin() -> None:
+    assert speed.chosen(["run generate"]) == ["run generate"]
+    assert speed.chosen(["run gen", "startup"]) == ["run generate", "run generate-4", *speed.STARTUP]
+    assert speed.chosen(["run published"]) == ["equality", "run published"]
+    assert speed.chosen([""]) == list(speed.CASES) and speed.chosen(["nothing"]) == []
 
 
 @pytest.mark.parametrize("options", [["--cases", "nothing"], ["--steps", "2"], ["--repeats", "0"]])
