@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from p2p_subject.blip_diffusion import Blip2QFormerModel, BlipDiffusionPipeline
-from p2p_subject.blip_diffusion.word_pieces import load_word_pieces, save_word_pieces
+from p2p_subject.blip_diffusion.word_pieces import load_prompt_tokenizer, load_word_pieces, save_word_pieces
 from p2p_subject.errors import ModelError
 
 NETWORKS = {
@@ -291,6 +291,16 @@ def test_a_missing_prompt_vocabulary_is_refused(broken):
         (broken / "tokenizer" / name).unlink(missing_ok=True)
     with pytest.raises(ModelError, match=r"vocab\.json and merges\.txt"):
         BlipDiffusionPipeline.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("kept", [{"vocab.json", "merges.txt"}, {"tokenizer.json"}], ids=["vocabulary", "tokenizer"])
+def test_either_form_of_a_prompt_vocabulary_gives_the_same_tokens(pipeline, broken, kept):
+    # Releases of transformers before and after 5 write different ones of these files.
+    for name in {"vocab.json", "merges.txt", "tokenizer.json"} - kept:
+        (broken / "tokenizer" / name).unlink()
+    loaded = load_prompt_tokenizer(broken / "tokenizer")
+    assert loaded("a dog, red-panda").input_ids == pipeline.tokenizer("a dog, red-panda").input_ids
+    assert loaded.model_max_length == pipeline.tokenizer.model_max_length
 
 
 def test_a_file_is_no_place_to_save(pipeline, tmp_path):

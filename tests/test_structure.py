@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +74,16 @@ def test_no_pickle_and_no_remote_code_anywhere() -> None:
             for word in ("import pickle", "torch.load(", "trust_remote_code=True", "eval(", "exec("):
                 found = [line for line in text.splitlines() if word in line and f".{word}" not in line]
                 assert not found, f"{path.relative_to(ROOT)}: {found}"
+
+
+def test_the_oldest_set_is_the_lower_bounds() -> None:
+    def releases(separator: str, text: str) -> set[tuple[str, str]]:
+        found = re.findall(rf"^([\w-]+){separator}([\d.]+)", text, re.MULTILINE)
+        # 1.2 and 1.2.0 are one release.
+        return {(name, re.sub(r"(\.0)+$", "", release)) for name, release in found}
+
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    stated = config["options"]["install_requires"] + config["options.extras_require"]["test"]
+    bounds = {(name, release) for name, release in releases(">=", stated) if name != "torch"}
+    assert len(bounds) > 5 and bounds <= releases("==", (ROOT / "tests" / "oldest.txt").read_text())

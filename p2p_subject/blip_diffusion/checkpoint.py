@@ -140,6 +140,8 @@ class CheckpointMixin:
             if name in OWN_LIBRARY:
                 index[name] = ["blip_diffusion", type(part).__name__]
             if name == "tokenizer":
+                # As transformers names it in its own file: the two classes read the same files.
+                index[name][1] = index[name][1].removesuffix("Fast")
                 save_prompt_tokenizer(part, folder / name)
             elif isinstance(part, nn.Module):
                 part.save_pretrained(folder / name, variant=variant)

@@ -4,15 +4,13 @@ After BLIP-Diffusion (Li, Li, Hoi; NeurIPS 2023), zero-shot inference, with the 
 model. The call signature and the folder layout are those of the public checkpoint.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: diffusers reads the types of a pipeline's constructor, and 0.33 does not
+# find them in annotations that are strings.
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-# Types alone would do below, but diffusers evaluates the annotations of a pipeline's constructor.
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from p2p_subject.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import BertTokenizer, CLIPTokenizer
+    from transformers import BertTokenizer, CLIPTokenizerFast
 
 __all__ = ["load_prompt_tokenizer", "load_word_pieces", "save_prompt_tokenizer", "save_word_pieces"]
 
@@ -32,9 +32,9 @@ def load_word_pieces(source: str | Path, *, local_files_only: bool = False) -> B
     from transformers import BertTokenizer
 
     # transformers 5 makes an almost empty tokenizer, without an error, where the vocabulary is missing.
-    tokenizer = BertTokenizer.from_pretrained(
-        _vocabulary_folder(source, local_files_only), truncation_side="right"
-    )
+    folder = _vocabulary_folder(source, local_files_only)
+    # Whether lower case is the default depends on the release: 5.0 keeps capitals, which the vocabulary does not know.
+    tokenizer = BertTokenizer.from_pretrained(folder, do_lower_case=True, truncation_side="right")
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
 
@@ -66,13 +66,14 @@ def save_word_pieces(tokenizer: BertTokenizer, folder: str | Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def load_prompt_tokenizer(folder: str | Path) -> CLIPTokenizer:
+def load_prompt_tokenizer(folder: str | Path) -> CLIPTokenizerFast:
     """Load CLIP's tokenizer from the `tokenizer` folder of a checkpoint.
 
     Raises:
         ModelError: its vocabulary is missing.
     """
-    from transformers import CLIPTokenizer
+    # Before transformers 5, `CLIPTokenizer` cannot read tokenizer.json; from 5 on the two are one class.
+    from transformers import CLIPTokenizerFast
 
     folder = Path(folder)
     if not any(all((folder / name).is_file() for name in files) for files in _PROMPT_FILES):
@@ -80,10 +81,10 @@ def load_prompt_tokenizer(folder: str | Path) -> CLIPTokenizer:
             f"{folder} holds no CLIP tokenizer: expected vocab.json and merges.txt, or tokenizer.json. "
             "Download the model again."
         )
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizerFast.from_pretrained(folder)
 
 
-def save_prompt_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
+def save_prompt_tokenizer(tokenizer: CLIPTokenizerFast, folder: str | Path) -> None:
     """Write CLIP's tokenizer so that releases of transformers before and after 5 can read it."""
     tokenizer.save_pretrained(folder)
     if hasattr(tokenizer, "backend_tokenizer"):
