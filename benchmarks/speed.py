@@ -11,7 +11,6 @@ its latents are the same, which is checked first, in single precision.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import hashlib
 import json
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.cost import in_fresh_process, machine, resident_peak, synchronise
+from benchmarks.memory import allocated_on_cpu, allocated_on_gpu, forget_resident_peak
 from benchmarks.speed_cases import EQUALITY, PEAKS, RUNS, STEPS, Bench, Work, counted_rows, equality
 from benchmarks.speed_report import plot, report
 from benchmarks.startup import STARTUP, startup
@@ -125,43 +125,30 @@ def _timed(bench: Bench, work: Work, calls: int) -> Row:
 
 
 @torch.no_grad()
-def peak_on_gpu(bench: Bench, name: str) -> int:
+def peak_on_gpu(bench: Bench, name: str) -> Row:
     """Peak of allocated memory while a case runs, over what is allocated before it, in bytes."""
-    device, work = bench.model.device, PEAKS[name](bench)
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    work = PEAKS[name](bench)
     with work.around():
-        work.call()
-    return torch.cuda.max_memory_allocated(device) - before
+        return {"peak": allocated_on_gpu(work.call, bench.model.device)}
 
 
 @torch.no_grad()
-def peak_on_cpu(settings: Settings, name: str, folder: Path) -> int:
+def peak_on_cpu(settings: Settings, name: str, folder: Path) -> Row:
     """Peak of resident memory while a case runs, over the model and sources in memory; call it in a fresh process.
 
-    Where the system can forget an earlier peak (Linux), one step is run before: its first call loads code.
+    Resident memory is uncertain by a few MiB, so what torch allocates in one step of the case is counted as well. This runs
+    first, and loads code; the peak of it is forgotten where the system can (Linux).
     """
     bench = _open(settings, getattr(torch, settings.dtype), folder)
-    work = PEAKS[name](bench)
+    work, step = PEAKS[name](bench), STEPS[name.replace("peak", "step")](bench)
+    with step.around():
+        allocated = allocated_on_cpu(step.call)
     if sys.platform == "linux":
-        _timed(bench, STEPS[name.replace("peak", "step")](bench), 1)
-        _forget_peak()
+        forget_resident_peak()
     before = resident_peak()
     with work.around():
         work.call()
-    return resident_peak() - before
-
-
-def _forget_peak() -> None:
-    """Give free memory back and begin the peak anew, on Linux."""
-    gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    # Documented in proc(5): 5 resets the high-water mark.
-    Path("/proc/self/clear_refs").write_text("5")
+    return {"peak": resident_peak() - before, "allocated": allocated}
 
 
 def _open(settings: Settings, dtype: torch.dtype, folder: Path | None = None) -> Bench:
@@ -199,14 +186,14 @@ def measure(settings: Settings, repeats: int, names: Sequence[str], out: Path) -
             timed = [name for name in timed if name != "run published-fused"]
         time_rounds(bench, log, timed, repeats)
         for name in peaks if on_gpu else ():
-            log.add(name, 1, {"peak": peak_on_gpu(bench, name)})
+            log.add(name, 1, peak_on_gpu(bench, name))
         del bench
         gc.collect()
     if peaks and not on_gpu:
         with TemporaryDirectory() as folder:
             in_fresh_process(save_sources, settings, Path(folder))
             for name in peaks:
-                log.add(name, 1, {"peak": in_fresh_process(peak_on_cpu, settings, name, Path(folder))})
+                log.add(name, 1, in_fresh_process(peak_on_cpu, settings, name, Path(folder)))
     for name in (name for name in names if name in STARTUP):
         for number in (n for n in range(1, repeats + 1) if not log.has(name, n)):
             log.add(name, number, startup(name))

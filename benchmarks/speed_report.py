@@ -92,8 +92,8 @@ def _published(title: str, results: Results, case: str, other: str, low: float =
     return [Figure(title, f"refused: {why}", figure.bound, False) for figure in figures]
 
 
-def _peak(title: str, results: Results, case: str, plain: str, high: float | None = None) -> list[Figure]:
-    ours, theirs = results.middle(case, "peak"), results.middle(plain, "peak")
+def _peak(title: str, results: Results, case: str, plain: str, high: float | None = None, key: str = "peak") -> list[Figure]:
+    ours, theirs = results.middle(case, key), results.middle(plain, key)
     if ours is None or not theirs:
         return []
     share = ours / theirs - 1
@@ -156,6 +156,9 @@ def figures(rows: Sequence[Row], device: str, steps: int) -> list[Figure]:
         *_peak("extra peak memory over plain, 3 rows: edit", r, "peak edit-3", "peak plain-3", 0.02),
         *_peak("extra peak memory over plain, 2 rows: recorded", r, "peak recorded-2", "peak plain-2", 0.02),
         *_peak("extra peak memory over plain, 4 rows: published", r, "peak explicit-4", "peak plain-4"),
+        *_peak("extra that torch allocates in a call, 3 rows: edit", r, "peak edit-3", "peak plain-3", 0.02, "allocated"),
+        *_peak("the same, 2 rows: recorded", r, "peak recorded-2", "peak plain-2", 0.02, "allocated"),
+        *_peak("the same, 4 rows: published", r, "peak explicit-4", "peak plain-4", key="allocated"),
         *_startup(r),
     ]
 
@@ -166,11 +169,12 @@ def _table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _medians(rows: Sequence[Row], steps: int) -> list[list[str]]:
-    results, lines = Results(rows), [["case", "seconds", "rows", "rows a step", "peak, MiB", "recording, MiB"]]
+    results, lines = Results(rows), [["case", "seconds", "rows", "rows a step", "peak, MiB", "a call, MiB", "recording, MiB"]]
     for case in (case for case in LABELS if case in results.cases):
-        seconds, count, peak, held = (results.middle(case, key) for key in ("seconds", "rows", "peak", "recording"))
+        seconds, count = results.middle(case), results.middle(case, "rows")
         a_step = count / steps if count is not None and case.startswith("run") else None
-        cells = [(seconds, ".4g"), (count, "g"), (a_step, ".2f"), (peak and peak / MIB, ".1f"), (held and held / MIB, ".1f")]
+        sizes = [results.middle(case, key) for key in ("peak", "allocated", "recording")]
+        cells = [(seconds, ".4g"), (count, "g"), (a_step, ".2f"), *((size and size / MIB, ".1f") for size in sizes)]
         lines.append([LABELS[case], *["" if value is None else format(value, spec) for value, spec in cells]])
     return lines
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from benchmarks import explicit, sd15, speed, speed_cases, speed_report
 from benchmarks.cost import in_fresh_process
 from benchmarks.explicit import published_loop
+from benchmarks.memory import allocated_on_cpu
 from inversion import Move
 from p2p_subject import Blend, Editor, EditSpec, replace
 from tests.conftest import golden
@@ -123,6 +124,9 @@ def test_everything_is_measured_and_rows_are_counted(
     assert {case: rows[case]["rows"] / STEPS for case in a_step} == a_step
     assert all(rows[case]["rows"] == int(case[-1]) and rows[case]["unet_calls"] == 1 for case in speed.STEPS)
     assert all(rows[case]["seconds"] > 0 for case in speed.TIMED if case in rows) and rows["run record"]["recording"] > 0
+    held = {case: rows[case]["allocated"] for case in speed.PEAKS}
+    assert held["peak plain-2"] < held["peak plain-3"] < held["peak plain-4"] < held["peak explicit-4"]
+    assert held["peak edit-3"] < held["peak explicit-4"] and all(rows[case]["peak"] >= 0 for case in speed.PEAKS)
     assert rows["equality"]["equal"] and rows["equality"]["deviation"] < 1e-3 and rows["equality"]["mask"] > 0
     assert rows["startup inversion"]["beside_torch"] == [] and rows["startup help"]["torch"] is False
     assert rows["step edit-3"]["settings"]["steps"] == STEPS and rows["step edit-3"]["environment"]["versions"]["torch"]
@@ -224,6 +228,17 @@ def test_with_matplotlib_there_is_one(tmp_path: Path) -> None:
     rows = [{"case": "run generate", "round": number, "seconds": number} for number in (1, 2)]
     speed_report.plot({settings: rows}, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 1000
+
+
+def test_what_torch_allocates_is_counted() -> None:
+    def two_and_one() -> None:
+        first = torch.empty(1000)
+        second = torch.empty(2000)
+        del first, second
+        torch.empty(500)
+
+    torch.empty(5000)
+    assert allocated_on_cpu(two_and_one) == pytest.approx(12_000, abs=256)
 
 
 def test_fresh_processes_are_others() -> None:

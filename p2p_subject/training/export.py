@@ -47,4 +47,9 @@ def export(run: Path, vae_folder: Path, out: Path, dtype: torch.dtype = torch.fl
     """Write the averaged weights of a run as a model folder, in half precision."""
     out.mkdir(parents=True, exist_ok=True)
     assemble(run / "ema.safetensors", vae_folder, out).to(dtype).save_pretrained(out)
+    for path in out.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        # Where the weights lay on the machine that trained them is nobody's business.
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (out / SETTINGS).write_text(json.dumps({"guidance_scale": GUIDANCE_SCALE}) + "\n")
