@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,7 +16,9 @@ from p2p_subject.attention import ControlledAttention, controlled_attention, map
 from p2p_subject.controller import Controller, MapSink, StepControl, Trace, compile_edits, self_pixels, steps_of
 from p2p_subject.edits import EditSpec
 from p2p_subject.errors import EditSpecError, HookError
-from p2p_subject.tokens import TokenLayout
+from p2p_subject.prompts import aligned
+from p2p_subject.tokens import TokenLayout, layout
+from tests.tiny_pipelines import WINDOW, tokenizer
 
 TOKENS, WIDTH = 6, 8
 
@@ -263,9 +267,60 @@ def test_words_have_windows_of_their_own() -> None:
 
 
 def test_weights_of_one_of_two_equal_words_and_weights_without_a_step() -> None:
-    layout = TokenLayout("cat cat", (1, 5, 5, 2, 2, 2), (None, (0, 3), (4, 7), None, None, None), range(0))
+    seen = TokenLayout("cat cat", (1, 5, 5, 2, 2, 2), (None, (0, 3), (4, 7), None, None, None), range(0))
     spec = EditSpec(prompt="cat cat", cross_replace=0.5, weights={("cat", 1): 3.0})
-    controller = compile_edits([spec], [IDENTITY], [layout], 4, (16, 8))
+    controller = compile_edits([spec], [IDENTITY], [seen], 4, (16, 8))
     assert torch.equal(controller.at(0, 3).from_source[0].diag(), torch.tensor([1.0, 1, 3, 1, 1, 1]))
     with pytest.raises(EditSpecError, match="can have no effect: of the 1 steps"):
-        compile_edits([spec], [IDENTITY], [layout], 1, (16, 8))
+        compile_edits([spec], [IDENTITY], [seen], 1, (16, 8))
+
+
+WORDS = ["cat", "dog", "grass", "sand", "blue", "hat", "on", "a", "fox"]
+prompts = st.lists(st.sampled_from(WORDS), min_size=2, max_size=6).map(" ".join)
+windows = st.tuples(st.integers(0, 4), st.integers(0, 4)).map(lambda pair: tuple(k / 4 for k in sorted(pair)))
+
+
+@given(source=prompts, target=prompts, index=st.integers(0, 3), seed=st.integers(0, 99), data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_a_compiled_spec_is_the_published_chain_at_every_step(source: str, target: str, index: int, seed: int, data) -> None:
+    """From the words of a spec to attention: layouts, alignment, weights and windows of words, against explicit maps."""
+    ours, theirs = (layout(tokenizer(), prompt, max_length=WINDOW) for prompt in (source, target))
+    same_length = len(source.split()) == len(target.split())
+    once = [word for word in WORDS if target.split().count(word) == 1]
+    words = st.sampled_from(once) if once else st.nothing()
+    default = data.draw(windows)
+    own = data.draw(st.dictionaries(words, windows, max_size=2))
+    spec = EditSpec(
+        prompt=target,
+        alignment=data.draw(st.sampled_from(["words", "refine", *["replace"] * same_length])),
+        padding=data.draw(st.sampled_from(["shifted", "reference"])),
+        cross_replace={None: default, **own},
+        self_replace=data.draw(windows),
+        self_resolution=data.draw(st.sampled_from([4, 8])),
+    )
+    alignment = aligned(ours, theirs, spec)
+    gate = torch.full((WINDOW,), float(int(4 * default[0]) <= index < int(4 * default[1])), dtype=torch.float64)
+    weights = torch.ones(WINDOW, dtype=torch.float64)
+    factors = {}
+    for word, (start, stop) in own.items():
+        gate[list(theirs.columns(word))] = float(int(4 * start) <= index < int(4 * stop))
+        if stop > start:
+            factors[word] = data.draw(st.floats(-3, 3))
+            weights[list(theirs.columns(word))] = factors[word]
+    controller = compile_edits([replace(spec, weights=factors)], [alignment], [theirs], 4, (8, 8))
+    follows = int(4 * spec.self_replace[0]) <= index < int(4 * spec.self_replace[1])
+    edit = {"M": alignment.matrix.double(), "c": alignment.covered.double(), "w": weights, "g": gate}
+
+    unet = tiny_unet().double()
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(3, 4, 8, 8, generator=generator, dtype=torch.float64)
+    context = torch.randn(3, WINDOW, WIDTH, generator=generator, dtype=torch.float64)
+    # The same in double precision; the controller itself works in single.
+    matrices, left = (alignment.matrix.double() * weights)[None], ((1 - alignment.covered.double()) * weights)[None]
+    exact = replace(controller, matrices=matrices, own=left)
+    assert torch.allclose(controller.matrices.double(), exact.matrices) and torch.allclose(controller.own.double(), exact.own)
+    with torch.no_grad(), controlled_attention(unet):
+        edited = unet(latents, 500, context, cross_attention_kwargs={"control": exact.at(index, 3)}).sample
+    unet.set_attn_processor(ExplicitMaps([edit], spec.self_resolution**2 * follows))
+    with torch.no_grad():
+        assert (edited - unet(latents, 500, context).sample).abs().max() < 1e-10
