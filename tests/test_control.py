@@ -287,9 +287,8 @@ def test_a_compiled_spec_is_the_published_chain_at_every_step(source: str, targe
     ours, theirs = (layout(tokenizer(), prompt, max_length=WINDOW) for prompt in (source, target))
     same_length = len(source.split()) == len(target.split())
     once = [word for word in WORDS if target.split().count(word) == 1]
-    words = st.sampled_from(once) if once else st.nothing()
     default = data.draw(windows)
-    own = data.draw(st.dictionaries(words, windows, max_size=2))
+    own = data.draw(st.dictionaries(st.sampled_from(once), windows, max_size=2)) if once else {}
     spec = EditSpec(
         prompt=target,
         alignment=data.draw(st.sampled_from(["words", "refine", *["replace"] * same_length])),
