@@ -15,6 +15,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
@@ -144,14 +145,25 @@ def _load_encoder(cls: type[CLIPTextModel], folder: Path, options: LoadOptions) 
         encoder, report = cls.from_pretrained(
             folder, variant=options.variant, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
+        missing = report["missing_keys"]
+        if missing and path.suffix == ".safetensors":
+            missing = _load_unprefixed(encoder, path)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{folder.name} cannot be loaded from {path}: {error} Use the config.json the weights were saved with, or download "
             "both again."
         ) from error
     # Further weights are no fault: files with more layers than the configuration uses are published on purpose.
-    if report["missing_keys"] or report["mismatched_keys"]:
+    if missing or report["mismatched_keys"]:
         mismatched = [str(entry) for entry in report["mismatched_keys"]]
-        raise weights_error(folder.name, path, report["missing_keys"], mismatched)
+        raise weights_error(folder.name, path, missing, mismatched)
     # The releases of transformers disagree on the type that weights have unless they are told, and on how to tell them.
     return encoder.to(options.torch_dtype).eval()
+
+
+def _load_unprefixed(encoder: CLIPTextModel, path: Path) -> list[str]:
+    """Load weights that transformers 5 wrote, without the prefix that transformers 4 reads; the names still missing."""
+    weights = load_file(path)
+    kept = ("text_model.", "text_projection.")
+    renamed = {name if name.startswith(kept) else f"text_model.{name}": weight for name, weight in weights.items()}
+    return list(encoder.load_state_dict(renamed, strict=False).missing_keys)
