@@ -471,10 +471,10 @@ def test_null_text_refuses_what_cannot_work() -> None:
 def published():
     """Values of the published implementation, and what they were computed from."""
     import numpy as np
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from PIL import Image
     from safetensors.torch import load_file
-    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from p2p_subject.loading import load_pipeline
 
     folder = golden("prompt_to_prompt/checkpoint")
     values = {
@@ -482,14 +482,10 @@ def published():
     }
     if "null_embeddings" not in values:
         pytest.skip("the golden values here lack those of inversion")
-    unet, vae, encoder = (
-        kind.from_pretrained(folder / name).eval().requires_grad_(False)
-        for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder"))
-    )
-    tokenizer, scheduler = (
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        DDIMScheduler.from_pretrained(folder / "scheduler"),
-    )
+    # By the library's own loader, which reads the files of every release of transformers.
+    parts = load_pipeline(folder, torch.float32)
+    unet, vae, encoder = (part.requires_grad_(False) for part in (parts.unet, parts.vae, parts.text_encoder))
+    tokenizer, scheduler = parts.tokenizer, parts.scheduler
     scheduler.set_timesteps(5)
     timesteps = tuple(int(t) for t in scheduler.timesteps)
     schedule = Schedule(
