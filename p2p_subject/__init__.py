@@ -18,6 +18,8 @@ _HOMES = {
     "EditResult": "results",
     "EditSpec": "edits",
     "Editor": "editor",
+    "EmbeddedSubject": "subject",
+    "MixedSubject": "subject",
     "P2PSubjectError": "errors",
     "Source": "source",
     "Subject": "subject",

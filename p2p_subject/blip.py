@@ -9,7 +9,7 @@ from p2p_subject.blip_diffusion import BlipDiffusionPipeline
 from p2p_subject.context import Context
 from p2p_subject.errors import SubjectError
 from p2p_subject.models import Model
-from p2p_subject.subject import Subject
+from p2p_subject.subject import AnySubject
 from p2p_subject.tokens import TokenLayout, layout
 
 
@@ -31,20 +31,25 @@ class BlipDiffusionModel(Model):
             max_length=self.window,
         )
 
-    def require_subject(self, subject: Subject) -> None:
-        pieces = len(self.pipeline.qformer_tokenizer(subject.category).input_ids)
+    def require_subject(self, subject: AnySubject) -> None:
         room = self.pipeline.qformer.config.qformer_config.max_position_embeddings
-        if pieces > room:
-            raise SubjectError(
-                f"category {subject.category!r} takes {pieces} word pieces of this model's {room}; name it in a simpler word"
-            )
+        for category in subject.encoded:
+            pieces = len(self.pipeline.qformer_tokenizer(category).input_ids)
+            if pieces > room:
+                raise SubjectError(
+                    f"category {category!r} takes {pieces} word pieces of this model's {room}; name it in a simpler word"
+                )
 
     @torch.no_grad()
-    def embed(self, subject: Subject) -> Tensor:
-        embeddings = self.pipeline.subject_embeddings([list(subject.pictures)], [subject.category])
-        if embeddings.shape[-1] != self.pipeline.text_encoder.config.hidden_size:
-            raise SubjectError(f"subject embeddings of width {embeddings.shape[-1]} do not fit the text encoder")
-        return embeddings
+    def embed(self, subject: AnySubject) -> Tensor:
+        embeddings = subject.embedded(lambda pictures, name: self.pipeline.subject_embeddings([pictures], [name]))
+        wanted = (1, self.queries, self.pipeline.text_encoder.config.hidden_size)
+        if embeddings.shape != wanted:
+            raise SubjectError(
+                f"subject embeddings of shape {tuple(embeddings.shape)} given; this model takes {wanted}. Learn the subject "
+                "with this model, or pass its pictures"
+            )
+        return embeddings.to(self.device)
 
     @torch.no_grad()
     def encode(self, layout: TokenLayout, subject: Tensor | None = None) -> Context:

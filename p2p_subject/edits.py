@@ -20,7 +20,7 @@ from p2p_subject import checks
 from p2p_subject.checks import Window, Word
 from p2p_subject.errors import EditSpecError, SubjectError, did_you_mean
 from p2p_subject.images import mask_values
-from p2p_subject.subject import Subject, to_base64
+from p2p_subject.subject import AnySubject, Subject, to_base64
 
 __all__ = ["Blend", "EditSpec", "Subject", "Window", "Word", "combine", "refine", "replace", "reweight", "swap_subject"]
 
@@ -123,7 +123,7 @@ class EditSpec:
 
     prompt: str | None = None
     swap: Word | None = None
-    subject: Subject | None = None
+    subject: AnySubject | None = None
     alignment: str = "words"
     padding: str = "shifted"
     cross_replace: float | Window | Mapping[Word | None, float | Window] = field(default=0.8, hash=False)
@@ -145,7 +145,7 @@ class EditSpec:
             object.__setattr__(self, name, value)
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise EditSpecError(f"prompt={self.prompt!r}; expected a text, or None with a swap and a subject")
-        if self.subject is not None and not isinstance(self.subject, Subject):
+        if self.subject is not None and not isinstance(self.subject, AnySubject):
             raise SubjectError(f"subject={self.subject!r}; expected Subject(picture, category)")
         if self.blend is not None and not isinstance(self.blend, Blend):
             raise EditSpecError(f"blend={self.blend!r}; expected Blend(...), or None for an edit of all of the picture")
@@ -255,14 +255,14 @@ def reweight(weights: Mapping[Word, float], **changes: Any) -> EditSpec:
     return EditSpec(**{"weights": weights, **changes})
 
 
-def swap_subject(word: Word, subject: Subject, **changes: Any) -> EditSpec:
+def swap_subject(word: Word, subject: AnySubject, **changes: Any) -> EditSpec:
     """The edit that puts `subject` where `word` of the source prompt is; `changes` are other fields of `EditSpec`.
 
     `cross_replace` is 0.2 here, not the 0.8 of the published subject swap: cross-attention that follows the old object
     longer keeps its shape under the new look (validation: the right subject in .68 of 50 swaps, .60 at 0.4; in .79 of 14
     swaps at 0.2 and at 0.4, .50 at 0.8).
     """
-    if not isinstance(subject, Subject):
+    if not isinstance(subject, AnySubject):
         raise SubjectError(f"subject={subject!r}; expected Subject(picture, category)")
     return EditSpec(**{"swap": word, "subject": subject, "cross_replace": 0.2, **changes})
 

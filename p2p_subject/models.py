@@ -24,7 +24,7 @@ from p2p_subject.fingerprint import fingerprint
 from p2p_subject.images import to_tensor
 from p2p_subject.loading import find_model, load_pipeline, miniature_folder
 from p2p_subject.outputs import to_pil
-from p2p_subject.subject import Subject
+from p2p_subject.subject import AnySubject
 from p2p_subject.supported import bare, require_editable, unsupported
 from p2p_subject.tokens import TokenLayout, layout
 
@@ -197,11 +197,11 @@ class Model:
             raise self._no_subjects()
         return layout(self.pipeline.tokenizer, prompt, max_length=self.window)
 
-    def require_subject(self, subject: Subject) -> None:
+    def require_subject(self, subject: AnySubject) -> None:
         """Raise `SubjectError` for a subject that the model cannot take; runs no network."""
         raise self._no_subjects()
 
-    def embed(self, subject: Subject) -> Tensor:
+    def embed(self, subject: AnySubject) -> Tensor:
         """Embeddings of a subject, (1, Nq, D); the mean over its pictures."""
         raise self._no_subjects()
 
