@@ -131,7 +131,7 @@ class Editor:
 
         The picture is brought to about the area the model was trained on (at most `max_pixels`), keeping its shape; results
         are brought back. `record` makes later edits cheaper, see `Editor.record`; `callback(step, latents)` is called when a
-        step begins. `method` and its `options`:
+        step begins, and again when it is recorded. `method` and its `options`:
 
         - "direct" (Ju et al. 2023): DDIM inversion, the source read from the stored latents. One U-Net row a step.
         - "ddim" (Song et al. 2021): the source is generated again with guidance, as first published; it drifts.
@@ -170,7 +170,7 @@ class Editor:
             )
             trajectory = inverting.METHODS[method](run, **options)
         source = Source(trajectory, picture, frame, run.maps.mean()[0].cpu())
-        return self.record(source) if record else source
+        return self.record(source, callback=callback) if record else source
 
     @torch.no_grad()
     def record(
@@ -182,13 +182,14 @@ class Editor:
         self_resolution: int | None = None,
         budget: int = BUDGET,
         device: torch.device | str | None = None,
+        callback: Callback | None = None,
     ) -> Source:
         """Gather, in one pass over a source's stored steps, what its edits borrow; they then run two U-Net rows a step.
 
         Kept are the queries of cross-attention in the first `cross_replace` of the steps and the queries and keys of
         self-attention of at most `self_resolution` in the first `self_replace`: edits with wider windows run a third row in the
         steps beyond. `budget` bytes are not exceeded: later steps are left out, with a warning. `device`: where it is kept
-        (None: with the model; "cpu" to spare a GPU's memory).
+        (None: with the model; "cpu" to spare a GPU's memory). `callback(step, latents)` is called when a step begins.
         """
         model, trajectory = self.model, source.trajectory
         model.require_controllable()
@@ -204,7 +205,7 @@ class Editor:
         height, width = map_size(model.unet, size)
         pixels, place = self_pixels(self_resolution, size), device or model.device
         with model.controlled():
-            read = reader(model, trajectory, context_of(model, source))
+            read = reader(model, trajectory, context_of(model, source), callback)
             recording = record(read, cross, own, pixels, height * width, budget, place, progress=_progress("recording"))
         held = (0, 0) if recording is None else (recording.cross_steps, recording.self_steps)
         if held[0] < cross or held[1] < own:
