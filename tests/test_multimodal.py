@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def contrast_gradient(rank: int, world: int, folder: Path, batch: dict[str, Tens
     if world > 1:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
-    learner = trainer()
+    learner = trainer().train()
     own = {name: value.chunk(world)[rank] for name, value in batch.items()}
     features = learner.qformer.visual_encoder(own["references"])
     learner.contrast(features, own["text_ids"], own["text_mask"])[0].backward()
@@ -200,6 +201,26 @@ def test_what_a_run_learnt_is_told_on_scenes_it_never_saw(pieces, tmp_path) -> N
     figures = evaluate(1, tmp_path)
     assert set(figures) == {f"{split} {name}" for split in ("validation", "new_art") for name in ("recall", "matched", "told")}
     assert figures == evaluate(1, tmp_path) and all(0 <= value <= 1 for value in figures.values())
+
+
+def evaluate_alone(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    ids, mask = text()
+    if rank == 0:
+        trainer()(torch.randn(3, 3, 64, 64), ids, mask)
+        (folder / "done").touch()
+
+
+def test_one_process_evaluates_while_the_others_wait(tmp_path) -> None:
+    context = mp.start_processes(evaluate_alone, (tmp_path,), nprocs=2, start_method="fork", join=False)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "done").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        for process in context.processes:
+            process.kill()
+    assert (tmp_path / "done").exists()
 
 
 def test_a_qformer_begins_with_the_weights_of_bert(tmp_path) -> None:

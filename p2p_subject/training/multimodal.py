@@ -85,10 +85,6 @@ class _Gather(torch.autograd.Function):
         return summed.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 class MultimodalTrainer(nn.Module):
     """A Q-Former with the heads of the stage; `start` is the id of the word piece "[DEC]" that begins a generated text."""
 
@@ -136,8 +132,10 @@ class MultimodalTrainer(nn.Module):
         """
         queries, text = self.embed(features, text_ids, text_mask)
         every_query, every_text, every_id = queries, text, text_ids
-        if _processes() > 1:
-            # Together, so that the ways back cannot cross either.
+        # Evaluation runs in one process, while the others wait.
+        together = self.training and dist.is_initialized() and dist.get_world_size() > 1
+        if together:
+            # In one call, so that the ways back of two cannot cross.
             every_query, every_text = _Gather.apply(torch.cat([queries, text[:, None]], 1)).split([self.queries, 1], 1)
             every_text, every_id = every_text[:, 0], _Gather.apply(text_ids)
         same = (text_ids[:, None] == every_id[None]).all(-1)
@@ -146,7 +144,7 @@ class MultimodalTrainer(nn.Module):
         to_picture = torch.einsum("be,nqe->bnq", text, every_query).amax(-1) / scale
         loss = (contrast(to_text, same) + contrast(to_picture, same)) / 2
         recall = same.gather(1, to_text.argmax(1, keepdim=True)).float().mean()
-        first = len(text_ids) * (dist.get_rank() if _processes() > 1 else 0)
+        first = len(text_ids) * (dist.get_rank() if together else 0)
         own = slice(first, first + len(text_ids))
         return loss, to_text[:, own].detach(), same[:, own], recall
 
