@@ -21,6 +21,9 @@ PROGRAM = "p2p-subject"
 METHODS = ("direct", "ddim", "fixed_point", "negative_prompt", "null_text", "edit_friendly")
 """Inversion methods, as in `p2p_subject.inverting.METHODS`, which imports torch."""
 
+KINDS = ("canny", "scribble", "depth")
+"""Control pictures, as in `p2p_subject.control_images.KINDS`, which imports numpy."""
+
 
 class UsageError(Exception):
     """The arguments themselves are wrong; nothing was started."""
@@ -44,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _source_arguments(edit)
     edit.add_argument("--swap", type=_word, metavar="WORD", help="word of the prompt to replace; WORD#1 for its second place")
     _subject_arguments(edit)
+    _control_arguments(edit, "the kind of it to be made from SOURCE")
     edit.add_argument("--target-prompt", metavar="TEXT", help="prompt of the result (default: follows from --swap, --category)")
     edit.add_argument("--weight", action="append", type=_weight, metavar="WORD=F", help="how much a word of the result counts")
     edit.add_argument("--out", required=True, metavar="FILE", help="the edited picture (.png, .jpg, .webp, .tif or .bmp)")
@@ -62,10 +66,23 @@ def parser() -> argparse.ArgumentParser:
     generate = command("generate", "generate a picture, of a subject if one is given")
     generate.add_argument("prompt", metavar="PROMPT", help='such as "a dog on grass"; a subject stands behind its first word')
     _subject_arguments(generate)
+    _control_arguments(generate, "KIND:FILE to make one from a picture")
     generate.add_argument("--out", required=True, metavar="FILE", help="the picture (.png, .jpg, .webp, .tif or .bmp)")
     generate.add_argument("--save-source", metavar="FILE", help="keep the generation (.safetensors) as SOURCE of later edits")
     _common_arguments(generate)
     _guidance_arguments(generate)
+
+    stylize = command("stylize", "generate in the style of one picture along the structure of another")
+    stylize.add_argument("structure", metavar="STRUCTURE", help="the picture whose structure is kept")
+    stylize.add_argument("--style", dest="subject", action="append", required=True, metavar="PICTURE", help="of the style")
+    stylize.add_argument("--category", required=True, metavar="WORD", help="what the style's picture shows, such as flower")
+    stylize.add_argument("--prompt", required=True, metavar="TEXT", help='what to show, such as "a teapot on a marble table"')
+    stylize.add_argument("--out", required=True, metavar="FILE", help="the picture (.png, .jpg, .webp, .tif or .bmp)")
+    stylize.add_argument("--save-source", metavar="FILE", help="keep the generation (.safetensors) as SOURCE of later edits")
+    _control_arguments(stylize, "the kind of it to be made from STRUCTURE (default canny)")
+    stylize.set_defaults(control="canny")
+    _common_arguments(stylize)
+    _guidance_arguments(stylize)
 
     heatmap = command("heatmap", "show where the attention to words of a prompt lies in a picture")
     _source_arguments(heatmap)
@@ -76,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
         help="the word's map, its share at each pixel, or its pooled map (default heat)",
     )
     heatmap.add_argument("--out", required=True, metavar="FILE", help="the panels on one sheet")
+    _control_arguments(heatmap, "the kind of it to be made from SOURCE")
     _common_arguments(heatmap)
 
     demo = command("demo", "swap unseen subjects into unseen scenes, beside the true answers")
@@ -96,6 +114,13 @@ def _source_arguments(own: argparse.ArgumentParser) -> None:
 def _subject_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--subject", action="append", metavar="PICTURE", help="picture of the subject; give it again for more")
     own.add_argument("--category", metavar="WORD", help="what the subject is, such as dog")
+
+
+def _control_arguments(own: argparse.ArgumentParser, otherwise: str) -> None:
+    kinds = f"a control picture, or {otherwise}: {', '.join(KINDS)}"
+    own.add_argument("--control", metavar="KIND|FILE", help=kinds)
+    own.add_argument("--control-strength", type=_strength, metavar="F", help="how strongly the structure counts (default 1)")
+    own.add_argument("--controlnet", metavar="NAME", help="folder or hub name (default: the model's own, or edges)")
 
 
 def _common_arguments(own: argparse.ArgumentParser) -> None:
@@ -140,6 +165,10 @@ def _seed(text: str) -> int:
 
 def _scale(text: str) -> float:
     return _number(text, float, 0, sys.float_info.max, "a number of 0 or more, such as 7.5")
+
+
+def _strength(text: str) -> float:
+    return _number(text, float, 0, sys.float_info.max, "a number of 0 or more, such as 1")
 
 
 def _number(text: str, kind: Callable[[str], Any], low: float, high: float, expected: str) -> Any:

@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 
 from p2p_subject import __version__
+from p2p_subject.control_images import KINDS, control_image
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.images import load_image, load_mask
 from p2p_subject.outputs import IMAGE_FORMATS, check_target, save_image
 from p2p_subject.prompts import describe
 from p2p_subject.source import Source
+from p2p_subject.structure import Structure
 from p2p_subject.viz import contact_sheet, edit_sheet, mask_area, overlay, panel_for
 
 if TYPE_CHECKING:
@@ -47,8 +49,9 @@ def edit(arguments: Namespace) -> Report:
     opened, prompt = _open(arguments)
     if arguments.mask is not None:
         load_mask(arguments.mask, getattr(opened, "image", opened).size)
-    editor = load_editor(arguments)
-    source = _invert(editor, arguments, opened, prompt, spec)
+    control = _control(arguments, opened)
+    editor = load_editor(arguments, _controlled(control, opened))
+    source = _invert(editor, arguments, opened, prompt, control, spec)
     result = editor.edit(
         source,
         spec,
@@ -81,13 +84,38 @@ def generate(arguments: Namespace) -> Report:
     if arguments.seed is None:
         # Chosen here so that it can be told: any picture can be made again.
         arguments.seed = secrets.randbelow(2**32)
-    editor = load_editor(arguments)
+    control = _control(arguments)
+    editor = load_editor(arguments, control is not None)
     source = editor.generate(
         arguments.prompt,
         subject=subject,
         negative_prompt=arguments.negative_prompt,
-        **given(arguments, "seed", "steps", "guidance_scale"),
+        control=control,
+        **given(arguments, "seed", "steps", "guidance_scale", "control_strength"),
     )
+    return _generated(editor, arguments, source, targets)
+
+
+def stylize(arguments: Namespace) -> Report:
+    """Generate in the style of one picture along the structure of another."""
+    targets = _targets(image=arguments.out, source=arguments.save_source)
+    style, structure = _subject(arguments), load_image(arguments.structure, what="structure")
+    if arguments.seed is None:
+        arguments.seed = secrets.randbelow(2**32)
+    control = _control(arguments, structure)
+    editor = load_editor(arguments, True)
+    source = editor.stylize(
+        structure,
+        style=style,
+        prompt=arguments.prompt,
+        control=control,
+        negative_prompt=arguments.negative_prompt,
+        **given(arguments, "seed", "steps", "guidance_scale", "control_strength"),
+    )
+    return _generated(editor, arguments, source, targets)
+
+
+def _generated(editor: Editor, arguments: Namespace, source: Source, targets: dict[str, Path]) -> Report:
     outputs = _write(targets, {"image": source.image}, source)
     report = {"outputs": outputs, "prompt": source.prompt, **run_report(editor, arguments, source)}
     return report, [f"{source.prompt!r}, seed {arguments.seed}", *listed(outputs)]
@@ -97,8 +125,9 @@ def heatmap(arguments: Namespace) -> Report:
     """Show the attention to words of a picture's prompt."""
     targets = _targets(image=arguments.out)
     opened, prompt = _open(arguments)
-    editor = load_editor(arguments)
-    source = _invert(editor, arguments, opened, prompt, words=arguments.words)
+    control = _control(arguments, opened)
+    editor = load_editor(arguments, _controlled(control, opened))
+    source = _invert(editor, arguments, opened, prompt, control, words=arguments.words)
     names = [word if isinstance(word, str) else f"{word[0]}#{word[1]}" for word in arguments.words]
     panels = [(f"“{prompt}”", source.image)]
     heats = editor.heatmaps(source, arguments.words, **given(arguments, "rule"))
@@ -194,12 +223,18 @@ def run_report(editor: Editor, arguments: Namespace, source: Source) -> dict[str
     report["steps"] = source.trajectory.schedule.steps
     if "guidance_scale" in arguments:
         report["guidance_scale"] = editor.guidance_scale(arguments.guidance_scale, source)
+    if source.structure is not None:
+        report["control_strength"] = source.structure.strength
     return report
 
 
-def load_editor(arguments: Namespace) -> Editor:
-    """Load the model that the arguments name onto the device that they name."""
+def load_editor(arguments: Namespace, controlled: bool = False) -> Editor:
+    """Load the model that the arguments name onto the device that they name.
+
+    `controlled`: a control picture is there; the miniature then comes with its own ControlNet unless another is named.
+    """
     # diffusers takes seconds to import; what can be checked before has been.
+    from p2p_subject.controlnets import EDGES
     from p2p_subject.editor import Editor
 
     name, available = arguments.device, devices()
@@ -208,9 +243,12 @@ def load_editor(arguments: Namespace) -> Editor:
     if arguments.model is None:
         # The miniature's layers are too small to share among threads: where a core is busy, waiting for it takes minutes.
         torch.set_num_threads(1)
-    return Editor.from_pretrained(
-        arguments.model, dtype=getattr(torch, arguments.dtype), device=available[0] if name is None else name
-    )
+    controlnet = getattr(arguments, "controlnet", None)
+    if controlnet is None and controlled and arguments.model is None:
+        controlnet = EDGES
+    options = {} if controlnet is None else {"controlnet": controlnet}
+    place = available[0] if name is None else name
+    return Editor.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), device=place, **options)
 
 
 def devices() -> list[str]:
@@ -250,6 +288,27 @@ def _subject(arguments: Namespace) -> Subject | None:
     return None
 
 
+def _control(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
+    """The control picture that the arguments name, or the kind of it that is to be made from the picture `opened`."""
+    names = ("control", "control_strength") if isinstance(opened, Source) else ("control_strength", "controlnet")
+    left = " and ".join(f"--{name.replace('_', '-')}" for name in given(arguments, *names))
+    if left and isinstance(opened, Source):
+        raise ArgumentError(f"a saved source keeps to the structure that it was made with; leave {left} out")
+    if left and arguments.control is None:
+        raise ArgumentError(f"{left} was given without a control picture; add --control KIND|FILE, or leave it out")
+    if arguments.control is None or (opened is not None and arguments.control in KINDS):
+        return arguments.control
+    kind, _, file = arguments.control.partition(":")
+    if file and kind in KINDS:
+        return control_image(load_image(file, what="control"), kind)
+    return Structure.read(arguments.control, 1, size=getattr(opened, "size", None)).picture
+
+
+def _controlled(control: Any, opened: Image.Image | Source) -> bool:
+    """Whether a ControlNet will be needed: for a control picture, or for the structure of a saved source."""
+    return control is not None or getattr(opened, "structure", None) is not None
+
+
 def _blend(arguments: Namespace) -> Blend | None:
     """How attention makes the mask; None where no word is named whose attention could."""
     options = given(arguments, "rule", "threshold")
@@ -283,6 +342,7 @@ def _invert(
     arguments: Namespace,
     opened: Image.Image | Source,
     prompt: str,
+    control: Any = None,
     spec: EditSpec | None = None,
     words: Sequence[Word] = (),
 ) -> Source:
@@ -296,7 +356,9 @@ def _invert(
         model.layout(arguments.negative_prompt or "")
         if arguments.negative_prompt is not None and arguments.method in ("null_text", "negative_prompt"):
             raise ArgumentError(f"--method {arguments.method} sets what guidance leads away from; leave --negative-prompt out")
-    return opened if saved else editor.invert(opened, prompt, **given(arguments, "steps", "method"))
+    if saved:
+        return opened
+    return editor.invert(opened, prompt, control=control, **given(arguments, "steps", "method", "control_strength"))
 
 
 def _write(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:

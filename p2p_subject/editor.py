@@ -21,7 +21,7 @@ from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
 from p2p_subject.controller import self_pixels, steps_of
 from p2p_subject.edits import Blend, EditSpec, Word
-from p2p_subject.errors import ArgumentError, EditSpecError
+from p2p_subject.errors import ArgumentError, EditSpecError, SubjectError
 from p2p_subject.images import Frame, fit, load_image
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
@@ -31,6 +31,8 @@ from p2p_subject.recording import record
 from p2p_subject.results import EditResult, result_of
 from p2p_subject.sampling import guided
 from p2p_subject.source import Source
+from p2p_subject.structure import Structure
+from p2p_subject.subject import AnySubject
 
 DEFAULT_STEPS = 50
 BUDGET = 2 << 30
@@ -57,7 +59,9 @@ class Editor:
     ) -> Editor:
         """Load a model: None for the miniature that comes with the library, or a folder or hub name.
 
-        BLIP-Diffusion, Stable Diffusion 1.x, 2.x and XL. Raises `ModelError` for anything that is not a complete model.
+        BLIP-Diffusion, Stable Diffusion 1.x, 2.x and XL. `controlnet=` puts a ControlNet beside the U-Net, for `control=` of
+        the calls below: a folder, a hub name, a `ControlNetModel`, or "edges", that of the miniature. Raises `ModelError` for
+        anything that is not a complete model.
         """
         return cls(Model.load(name, dtype=dtype, device=device, **options))
 
@@ -80,15 +84,22 @@ class Editor:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         callback: Callback | None = None,
+        control: Any = None,
+        control_strength: float = 1.0,
     ) -> Source:
         """Generate a picture and return it with its trajectory, ready to be edited.
 
         `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1, C, h, w) is the noise to
-        start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is the model's own.
-        `callback` as in `edit`.
+        start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is the model's own,
+        or of the shape of `control`. `callback` as in `edit`. `control` is a control picture (see `control_image`) for the
+        model's ControlNet to keep the structure to, as strongly as `control_strength`; edits of the result keep to it too.
         """
         model = self.model
         model.require_controllable()
+        structure = Structure.read(control, control_strength)
+        model.require_structure(structure)
+        if structure is not None and size is None:
+            size = fit(structure.picture, multiple=model.multiple, area=model.area)[1].model_size
         schedule = model.schedule(steps)
         scale = self.guidance_scale(guidance_scale)
         target = model.layout(prompt, subject=subject is not None)
@@ -96,11 +107,14 @@ class Editor:
             require_subject_first(target, subject.category)
             model.require_subject(subject)
         noise = self._noise_latents(latents, seed, size)
+        if structure is not None:
+            structure = structure.resized(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
         maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
         with model.controlled():
-            negative = model.unconditional(negative_prompt)
+            negative = model.structured(model.unconditional(negative_prompt), structure)
             embedded = None if subject is None else model.embed(subject)
-            predict = guided(model.noise, lambda index: negative, model.encode(target, embedded), scale, maps)
+            context = model.structured(model.encode(target, embedded), structure)
+            predict = guided(model.noise, lambda index: negative, context, scale, maps)
             kept = trace(predict, noise, _progress("generating")(schedule.sampling()), _reporting(callback))
             image = model.decode(kept[-1])[0]
         trajectory = Trajectory(
@@ -112,7 +126,38 @@ class Editor:
             fingerprint=model.fingerprint,
             negative_prompt=negative_prompt,
         )
-        return Source(trajectory, image, Frame(image.size, image.size), maps.mean()[0].cpu(), embedded)
+        frame = Frame(image.size, image.size)
+        return Source(trajectory, image, frame, maps.mean()[0].cpu(), embedded, structure=structure)
+
+    def stylize(
+        self,
+        structure: Any,
+        *,
+        style: AnySubject,
+        prompt: str,
+        control: Any = "canny",
+        control_strength: float = 1.0,
+        size: tuple[int, int] | None = None,
+        **options: Any,
+    ) -> Source:
+        """Subject-driven style transfer (Li et al. 2023): the style of one picture, the structure of another.
+
+        `style`, such as `Subject("flower.png", "flower")`, is the subject of a generation that keeps to the structure of the
+        picture `structure`; `prompt` says what it shows, beginning with an article, behind which the style is inserted: "a
+        teapot on a marble table". `control` is the kind of control picture that is made of `structure`, or one that is drawn
+        already. `size` None is of the shape of `structure`, near the model's own area. `options` are those of `generate`.
+        Returns what `generate` returns; raises `ArgumentError` where the model carries no ControlNet.
+        """
+        if not isinstance(style, AnySubject):
+            raise SubjectError(f"style={style!r}; expected Subject(picture, category)")
+        if control is None:
+            raise ArgumentError("control=None; expected a kind of control picture, such as 'canny', or one that is drawn")
+        picture = load_image(structure, what="structure")
+        own = {"area": self.model.area} if size is None else {"size": self._sides(size)}
+        fitted, _ = fit(picture, multiple=self.model.multiple, **own)
+        drawn = Structure.read(control, control_strength, of=fitted, size=picture.size).picture
+        given = {"control": drawn, "control_strength": control_strength, "size": fitted.size}
+        return self.generate(prompt, subject=style, **given, **options)
 
     @torch.no_grad()
     def invert(
@@ -125,13 +170,17 @@ class Editor:
         max_pixels: int | None = None,
         record: bool = False,
         callback: Callback | None = None,
+        control: Any = None,
+        control_strength: float = 1.0,
         **options: Any,
     ) -> Source:
         """Recover the generation of a picture (PIL, path, array or tensor) that `prompt` describes.
 
         The picture is brought to about the area the model was trained on (at most `max_pixels`), keeping its shape; results
         are brought back. `record` makes later edits cheaper, see `Editor.record`; `callback(step, latents)` is called when a
-        step begins, and again when it is recorded. `method` and its `options`:
+        step begins, and again when it is recorded. With a ControlNet, `control` is the control picture, or the kind of it to be
+        made from the picture, such as "canny", and `control_strength` how much it counts; edits of the source keep to it too.
+        `method` and its `options`:
 
         - "direct" (Ju et al. 2023): DDIM inversion, the source read from the stored latents. One U-Net row a step.
         - "ddim" (Song et al. 2021): the source is generated again with guidance, as first published; it drifts.
@@ -153,14 +202,17 @@ class Editor:
         words = model.layout(prompt)
         picture = load_image(image)
         fitted, frame = fit(picture, multiple=model.multiple, max_pixels=max_pixels, area=model.area)
+        structure = Structure.read(control, control_strength, of=fitted, size=picture.size)
+        model.require_structure(structure)
+        structure = None if structure is None else structure.resized(frame.model_size)
         with model.controlled(), model.frozen():
             latents = model.encode_images([fitted])
             run = inverting.Inversion(
                 noise=model.noise,
                 latents=latents,
                 schedule=schedule,
-                context=model.encode(words),
-                unconditional=model.unconditional(None),
+                context=model.structured(model.encode(words), structure),
+                unconditional=model.structured(model.unconditional(None), structure),
                 scale=model.guidance_scale,
                 maps=MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps),
                 prompt=prompt,
@@ -169,7 +221,7 @@ class Editor:
                 callback=callback,
             )
             trajectory = inverting.METHODS[method](run, **options)
-        source = Source(trajectory, picture, frame, run.maps.mean()[0].cpu())
+        source = Source(trajectory, picture, frame, run.maps.mean()[0].cpu(), structure=structure)
         return self.record(source, callback=callback) if record else source
 
     @torch.no_grad()
@@ -194,6 +246,7 @@ class Editor:
         model, trajectory = self.model, source.trajectory
         model.require_controllable()
         trajectory.require_model(model.fingerprint)
+        model.require_structure(source.structure)
         if trajectory.replay:
             inverting.require_recordable(trajectory.method)
         budget = checks.whole(budget, "budget", 0, "a whole number of bytes, such as 2 << 30")
@@ -301,17 +354,19 @@ class Editor:
             if latents.ndim != 4 or latents.shape[:2] != (1, channels):
                 raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected (1, {channels}, h, w)")
             return require_finite(latents, "latents").to(model.device, torch.float32)
-        size = model.size if size is None else size
-        sides = size if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
-        if any(not isinstance(side, int) or side <= 0 or side % model.multiple for side in sides):
-            raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {model.multiple}")
-        width, height = sides
+        width, height = self._sides(model.size if size is None else size)
         if seed is not None:
             seed = checks.whole(seed, "seed", 0, "a whole number of 0 or more, or None for a random one")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         # Drawn on the CPU, so that a seed means the same noise on every device.
         return torch.randn(1, channels, height // factor, width // factor, generator=generator).to(model.device)
+
+    def _sides(self, size: Any) -> tuple[int, int]:
+        sides = tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
+        if any(not isinstance(side, int) or side <= 0 or side % self.model.multiple for side in sides):
+            raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {self.model.multiple}")
+        return sides
 
 
 def _reporting(callback: Callback | None, after: After = lambda latents, move: latents) -> After:

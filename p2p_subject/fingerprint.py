@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from p2p_subject.supported import bare
 
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
 _NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
 
 
 def fingerprint(pipeline: DiffusionPipeline) -> str:
-    """Short hash of what makes latents: U-Net, VAE, text encoders, the adapters on them, and noise levels.
+    """Short hash of what makes latents: U-Net, VAE, text encoders, ControlNet, the adapters on them, and noise levels.
 
     Of each weight, name, shape and up to 4,096 signs: no precision changes a sign, so the same weights have the same
     fingerprint in any of them, and training changes many.

@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.blip_diffusion import BlipDiffusionControlNetPipeline, BlipDiffusionPipeline
 from p2p_subject.blip_diffusion.loading import LoadOptions, load_component, model_folder
 from p2p_subject.blip_diffusion.weights import read_json, require_safetensors, weights_error
 from p2p_subject.blip_diffusion.word_pieces import load_prompt_tokenizer
+from p2p_subject.controlnets import load_controlnet
 from p2p_subject.errors import ModelError, did_you_mean
-from p2p_subject.supported import PIPELINES, unsupported
+from p2p_subject.supported import CONTROLLED, PIPELINES, unsupported
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 FILE_OPTIONS = (*HUB_OPTIONS, "variant", "low_cpu_mem_usage", "use_safetensors")
@@ -43,6 +44,7 @@ _UNUSED = {
     "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
     "StableDiffusionXLPipeline": {"add_watermarker": False},
 }
+_CONTROLNET = {"controlnet": ("ControlNetModel",)}
 
 
 def miniature_folder() -> Path:
@@ -67,7 +69,7 @@ def find_model(name: str | Path | None, options: dict[str, Any]) -> Path:
 def _read_index(path: Path) -> dict[str, Any]:
     """Read a `model_index.json`; `ModelError` if it names a pipeline class that is not supported."""
     index = read_json(path)
-    if index.get("_class_name") not in PIPELINES:
+    if index.get("_class_name") not in (*PIPELINES, *CONTROLLED.values()):
         raise unsupported(index.get("_class_name"), str(path.parent))
     return index
 
@@ -89,16 +91,24 @@ def load_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> Diffusion
     """Load the pipeline of a folder on the CPU.
 
     `options` are those of `BlipDiffusionPipeline.from_pretrained`: hub options, `variant`, and parts to use in place of the
-    folder's, such as `vae=`.
+    folder's, such as `vae=`. `controlnet=`, a network or what `load_controlnet` takes, stands beside the U-Net.
 
     Raises:
         ModelError: an option is unknown; a file is missing, damaged or pickled; a weight is missing or misshapen.
     """
     index = _read_index(folder / "model_index.json")
-    kind = index["_class_name"]
-    if kind == "BlipDiffusionPipeline":
-        return BlipDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **options)
-    parts = _XL_PARTS if kind == "StableDiffusionXLPipeline" else _PARTS
+    plain = next((own for own, controlled in CONTROLLED.items() if controlled == index["_class_name"]), index["_class_name"])
+    if options.get("controlnet") is not None:
+        download = {name: options[name] for name in ("cache_dir", "token", "local_files_only") if name in options}
+        options["controlnet"] = load_controlnet(options["controlnet"], dtype, **download)
+    else:
+        options.pop("controlnet", None)
+    controlled = "controlnet" in options or plain != index["_class_name"]
+    kind = CONTROLLED[plain] if controlled else plain
+    if plain == "BlipDiffusionPipeline":
+        cls = BlipDiffusionControlNetPipeline if controlled else BlipDiffusionPipeline
+        return cls.from_pretrained(folder, torch_dtype=dtype, **options)
+    parts = (_XL_PARTS if plain == "StableDiffusionXLPipeline" else _PARTS) | (_CONTROLNET if controlled else {})
     _require_options(kind, parts, options)
     given = {name: part for name, part in options.items() if name in parts}
     needed = [name for name in parts if name not in given]
@@ -107,7 +117,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype, **options: Any) -> Diffusion
     how = LoadOptions(dtype, options.get("variant"), options.get("low_cpu_mem_usage"))
     loaded = {name: _load_part(name, folder, how) for name in needed}
     settings = {name: index[name] for name in _SETTINGS if name in index}
-    return getattr(diffusers, kind)(**loaded, **given, **settings, **_UNUSED[kind])
+    return getattr(diffusers, kind)(**loaded, **given, **settings, **_UNUSED[plain])
 
 
 def _require_options(kind: str, parts: Iterable[str], options: dict[str, Any]) -> None:

@@ -19,11 +19,13 @@ from p2p_subject.attention import controlled_attention
 from p2p_subject.blip_diffusion.weights import read_json
 from p2p_subject.context import Context
 from p2p_subject.controller import StepControl
-from p2p_subject.errors import ModelError, SubjectError
+from p2p_subject.controlnets import EDGES, residuals
+from p2p_subject.errors import ArgumentError, ModelError, SubjectError
 from p2p_subject.fingerprint import fingerprint
 from p2p_subject.images import to_tensor
 from p2p_subject.loading import find_model, load_pipeline, miniature_folder
 from p2p_subject.outputs import to_pil
+from p2p_subject.structure import Structure
 from p2p_subject.subject import AnySubject
 from p2p_subject.supported import bare, require_editable, unsupported
 from p2p_subject.tokens import TokenLayout, layout
@@ -45,7 +47,7 @@ class Model:
     (C, h, w) a latent. Tensors are on `device`.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    pipeline_class: ClassVar[type[DiffusionPipeline] | tuple[type[DiffusionPipeline], ...]]
     default_guidance: ClassVar[float] = 7.5
     addition: ClassVar[str | None] = None
     """What the U-Net is told beside timestep and text, in the words of its configuration."""
@@ -63,8 +65,9 @@ class Model:
     ) -> Model:
         """Load the miniature (None), a folder or a hub name, of BLIP-Diffusion or Stable Diffusion 1.x, 2.x or XL.
 
-        `options` are those of `BlipDiffusionPipeline.from_pretrained`: hub options, `variant`, parts to replace. Raises
-        `ModelError` when the folder or name is no such model, or a weight of it is missing.
+        `options` are those of `BlipDiffusionPipeline.from_pretrained`: hub options, `variant`, parts to replace, and
+        `controlnet=`, see `load_pipeline`. Raises `ModelError` when the folder or name is no such model, or a weight of it is
+        missing.
         """
         folder = find_model(name, options)
         # The miniature is stored in half precision and computed in single: a CPU has no fast half arithmetic.
@@ -97,6 +100,24 @@ class Model:
         with self._lock:
             require_editable(self.pipeline, self.addition)
 
+    @property
+    def controlnet(self):
+        """The ControlNet beside the U-Net, or None."""
+        return getattr(self.pipeline, "controlnet", None)
+
+    def require_structure(self, structure: Structure | None) -> None:
+        """Raise `ArgumentError` for a control picture without a ControlNet, or the reverse; runs no network."""
+        if structure is not None and self.controlnet is None:
+            raise ArgumentError(
+                f"a control picture was given, but {self.name} carries no ControlNet. Load the model with one: "
+                f'Editor.from_pretrained(..., controlnet=NAME), for the miniature "{EDGES}"'
+            )
+        if structure is None and self.controlnet is not None:
+            raise ArgumentError(
+                f"{self.name} carries a ControlNet, which needs a control picture: pass control=, or load the model without "
+                "controlnet="
+            )
+
     @contextmanager
     def controlled(self) -> Iterator[None]:
         """Attention control for the duration of a `with` block; other threads that want it wait."""
@@ -105,9 +126,10 @@ class Model:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The U-Net's weights without gradients for the duration of a `with` block: what is optimised is a text embedding."""
+        """The networks' weights without gradients for the duration of a `with` block: what is optimised is a text embedding."""
         with self._lock:
-            weights = [weight for weight in self.unet.parameters() if weight.requires_grad]
+            networks = [self.unet] if self.controlnet is None else [self.unet, self.controlnet]
+            weights = [weight for network in networks for weight in network.parameters() if weight.requires_grad]
             for weight in weights:
                 weight.requires_grad_(False)
             try:
@@ -222,6 +244,10 @@ class Model:
         """
         return self.encode(self.layout("" if negative_prompt is None else negative_prompt))
 
+    def structured(self, context: Context, structure: Structure | None) -> Context:
+        """A context under the control picture of a structure, which has the size of the pictures to be made."""
+        return context if structure is None else context.with_structure(structure.tensor(), structure.strength)
+
     def noise(self, latents: Tensor, move: Move, context: Context, control: StepControl | None = None) -> Tensor:
         """One U-Net call of R rows: float32 latents (R, C, h, w) and a context of R rows to float32 noise (R, C, h, w)."""
         # A tensor, since a compiled U-Net would be compiled anew for every number.
@@ -236,12 +262,17 @@ class Model:
 
     def _call(self, latents: Tensor, timesteps: Tensor, context: Context, control: StepControl | None) -> Tensor:
         """The U-Net's output (R, C, h, w) in its own dtype."""
+        rows, added = latents.to(self.unet.dtype), self._added(latents, context)
+        if context.structure is not None:
+            # Attention control is the U-Net's alone: the ControlNet attends as it was trained to.
+            given = context.tokens, context.structure, context.strength
+            added |= residuals(self.controlnet, rows, timesteps, *given, **added)
         return self.unet(
-            latents.to(self.unet.dtype),
+            rows,
             timesteps,
             encoder_hidden_states=context.tokens,
             cross_attention_kwargs=None if control is None else {"control": control},
-            **self._added(latents, context),
+            **added,
         ).sample
 
     def _added(self, latents: Tensor, context: Context) -> dict[str, Any]:

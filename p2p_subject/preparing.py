@@ -32,8 +32,8 @@ def layout_of(model: Model, source: Source) -> TokenLayout:
 
 
 def context_of(model: Model, source: Source) -> Context:
-    """The context that a source's prompt and subject make."""
-    return model.encode(layout_of(model, source), source.subject)
+    """The context that a source's prompt, subject and structure make."""
+    return model.structured(model.encode(layout_of(model, source), source.subject), source.structure)
 
 
 def reader(
@@ -59,6 +59,7 @@ def plan(model: Model, source: Source, specs: Sequence[EditSpec]) -> list[Plan]:
     """Work out what each edit means for the source, and refuse what can be refused without running a network."""
     model.require_controllable()
     source.trajectory.require_model(model.fingerprint)
+    model.require_structure(source.structure)
     original = layout_of(model, source)
     if len(source.attention) != original.length:
         raise TrajectoryError(
@@ -101,6 +102,7 @@ def prepare(
     layouts = [made.layout for made in plans]
     controller = compile_edits(specs, [made.alignment for made in plans], layouts, steps, size, model.device, first)
     negative = model.unconditional(trajectory.negative_prompt if negative_prompt is None else negative_prompt)
+    negative = model.structured(negative, source.structure)
     original = context_of(model, source)
     targets = [_target(model, source, spec, made, size) for spec, made in zip(specs, plans)]
     calls: list[int] = []
@@ -137,4 +139,5 @@ def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tupl
     fixed = None
     if spec.blend is not None and spec.blend.mask is not None:
         fixed = latent_mask(load_mask(spec.blend.mask, source.image.size), size).to(model.device)
-    return Target(model.encode(made.layout, subject), spec.blend, made.source_words, made.target_words, fixed)
+    context = model.structured(model.encode(made.layout, subject), source.structure)
+    return Target(context, spec.blend, made.source_words, made.target_words, fixed)

@@ -14,6 +14,7 @@ from inversion import Trajectory, TrajectoryError
 from inversion.trajectory import read_safetensors, write_safetensors
 from p2p_subject.images import Frame
 from p2p_subject.recording import Recording
+from p2p_subject.structure import Structure
 
 
 # Compared by identity, as trajectories are.
@@ -23,7 +24,8 @@ class Source:
 
     `trajectory` of the generation, the full-size picture `image` (RGB), `frame` how it was fitted to the model, `attention`
     (T, h, w) float32 the mean cross-attention of every column of its prompt, recorded on the way, `subject` (1, Nq, D), the
-    embeddings of the subject it was generated with, if any, and `recording`, if it was made, what lets edits run without it.
+    embeddings of the subject it was generated with, if any, `recording`, if it was made, what lets edits run without it, and
+    `structure`, if it was made under one, the control picture (of the model's size) and its strength, which edits keep to.
     """
 
     trajectory: Trajectory
@@ -32,6 +34,7 @@ class Source:
     attention: Tensor
     subject: Tensor | None = None
     recording: Recording | None = None
+    structure: Structure | None = None
 
     @property
     def prompt(self) -> str:
@@ -51,6 +54,8 @@ class Source:
         }
         if self.subject is not None:
             tensors["subject"] = self.subject.cpu().contiguous()
+        if self.structure is not None:
+            tensors |= self.structure.tensors()
         if recording and self.recording is not None:
             tensors |= {name: tensor.cpu().contiguous() for name, tensor in self.recording.tensors().items()}
         write_safetensors(path, tensors, metadata)
@@ -82,7 +87,8 @@ class Source:
         width, height = tensors["model_size"].tolist()
         frame = Frame(image.size, (width, height))
         recording = Recording.from_tensors(tensors, str(path))
-        return cls(trajectory, image, frame, tensors["attention"], tensors.get("subject"), recording)
+        structure = Structure.from_tensors(tensors, frame.model_size, str(path))
+        return cls(trajectory, image, frame, tensors["attention"], tensors.get("subject"), recording, structure)
 
 
 _SHAPES = {

@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor
 
 from p2p_subject.context import Context
@@ -20,7 +26,7 @@ from p2p_subject.tokens import TokenLayout, layout
 class StableDiffusionModel(Model):
     """A `StableDiffusionPipeline`: 1.x, or 2.x with its wider text encoder and v-prediction."""
 
-    pipeline_class = StableDiffusionPipeline
+    pipeline_class = (StableDiffusionPipeline, StableDiffusionControlNetPipeline)
     encoders: ClassVar[tuple[tuple[str, str], ...]] = (("tokenizer", "text_encoder"),)
 
     def require_controllable(self) -> None:
@@ -54,7 +60,7 @@ class StableDiffusionModel(Model):
 class StableDiffusionXLModel(StableDiffusionModel):
     """A `StableDiffusionXLPipeline`: two text encoders side by side, a pooled embedding, and the picture's size."""
 
-    pipeline_class = StableDiffusionXLPipeline
+    pipeline_class = (StableDiffusionXLPipeline, StableDiffusionXLControlNetPipeline)
     default_guidance = 5.0
     addition = "text_time"
     encoders = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))

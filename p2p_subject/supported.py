@@ -8,9 +8,16 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPTokenizerFast
 
 from p2p_subject.attention import require_plain
+from p2p_subject.blip_diffusion.fit import require_controlnet
 from p2p_subject.errors import HookError, ModelError
 
 PIPELINES = ("BlipDiffusionPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+CONTROLLED = {
+    "BlipDiffusionPipeline": "BlipDiffusionControlNetPipeline",
+    "StableDiffusionPipeline": "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLPipeline": "StableDiffusionXLControlNetPipeline",
+}
+"""The same kinds with a ControlNet beside the U-Net."""
 TIME_IDS = 6
 """Numbers that Stable Diffusion XL is told of a picture's size: original height and width, crop, target height and width."""
 _INSTEAD = "Load a text-to-image model without it, such as the one that this was made from."
@@ -30,9 +37,10 @@ def bare(network: Any) -> Any:
 def unsupported(found: object, where: str) -> ModelError:
     """The refusal of a pipeline class."""
     return ModelError(
-        f"{where}: {found} given; expected {', '.join(PIPELINES[:-1])} (1.x and 2.x) or {PIPELINES[-1]}. Pass a text-to-image "
-        "model of these families, such as the one that this was made from; for one of the same parts, such as image "
-        "to image, wrap what StableDiffusionPipeline.from_pipe(pipeline), or that of XL, returns."
+        f"{where}: {found} given; expected {', '.join(PIPELINES[:-1])} (1.x and 2.x) or {PIPELINES[-1]}, or "
+        "one of these with a ControlNet. Pass a text-to-image model of these families, such as the one that this was made "
+        "from; for one of the same parts, such as image to image, wrap what StableDiffusionPipeline.from_pipe(pipeline), or "
+        "that of XL, returns."
     )
 
 
@@ -45,15 +53,12 @@ def require_editable(pipeline: DiffusionPipeline, addition: str | None = None) -
         HookError: adapters are loaded that attention control would drop.
         ModelError: a network is of another kind, or is told what this library does not tell it.
     """
-    if getattr(pipeline, "controlnet", None) is not None:
-        raise HookError(
-            "the pipeline carries a ControlNet, which this library would not run, so its structure would be lost in silence. "
-            "Pass the pipeline without it."
-        )
     _require_class("unet", pipeline.unet, UNet2DConditionModel)
     _require_class("vae", pipeline.vae, AutoencoderKL)
     _require_conditioning(bare(pipeline.unet), addition)
     _require_latents(bare(pipeline.unet), bare(pipeline.vae))
+    if getattr(pipeline, "controlnet", None) is not None:
+        require_controlnet(pipeline.controlnet, bare(pipeline.unet), bare(pipeline.vae))
     require_plain(pipeline.unet)
 
 

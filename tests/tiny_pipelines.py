@@ -8,7 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from p2p_subject.training.tokenizers import END, START, byte_pairs, save_clip_tokenizer
@@ -73,6 +80,17 @@ def stable_diffusion_xl(seed: int = 0, **unet: object) -> StableDiffusionXLPipel
         scheduler=DDIMScheduler(**SCHEDULE),
         add_watermarker=False,
     )
+
+
+def controlnet(unet: UNet2DConditionModel, seed: int = 0, halvings: int = 1, strength: float = 0.3) -> ControlNetModel:
+    """A ControlNet for a U-Net whose autoencoder halves so often; what is zero before training is random."""
+    torch.manual_seed(seed)
+    network = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8)[: halvings + 1])
+    zeros = [network.controlnet_cond_embedding.conv_out, network.controlnet_mid_block, *network.controlnet_down_blocks]
+    with torch.no_grad():
+        for layer in zeros:
+            layer.weight.normal_(std=strength)
+    return network.eval()
 
 
 @cache

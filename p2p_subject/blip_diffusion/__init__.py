@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         QFormerConfig,
         VisionConfig,
     )
+    from p2p_subject.blip_diffusion.controlnet import BlipDiffusionControlNetPipeline
     from p2p_subject.blip_diffusion.image_processor import BlipImageProcessor
     from p2p_subject.blip_diffusion.pipeline import BlipDiffusionPipeline
     from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Blip2QFormerConfig",
     "Blip2QFormerModel",
+    "BlipDiffusionControlNetPipeline",
     "BlipDiffusionPipeline",
     "BlipImageProcessor",
     "ContextCLIPTextConfig",
@@ -35,6 +37,7 @@ __all__ = [
 _HOMES = {
     "Blip2QFormerConfig": "config",
     "Blip2QFormerModel": "qformer",
+    "BlipDiffusionControlNetPipeline": "controlnet",
     "BlipDiffusionPipeline": "pipeline",
     "BlipImageProcessor": "image_processor",
     "ContextCLIPTextConfig": "config",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, SchedulerMixin, UNet2DConditionModel
 
 from p2p_subject.blip_diffusion.image_processor import BlipImageProcessor
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
@@ -46,6 +46,7 @@ _FILES = {
     "scheduler": "scheduler_config.json",
     "qformer": "config.json",
     "image_processor": "preprocessor_config.json",
+    "controlnet": "config.json",
 }
 _STEMS = ("model", "diffusion_pytorch_model")
 _DEFAULT_WORD_PIECES = "bert-base-uncased"
@@ -134,6 +135,8 @@ def load_component(name: str, folder: Path, options: LoadOptions) -> Any:
         return load_diffusers_model(UNet2DConditionModel, part, options)
     if name == "vae":
         return load_diffusers_model(AutoencoderKL, part, options)
+    if name == "controlnet":
+        return load_diffusers_model(ControlNetModel, part, options)
     if name == "scheduler":
         return _load_scheduler(part)
     if name == "tokenizer":

@@ -63,11 +63,14 @@ def export_onto(run: Path, model: Path, out: Path, dtype: torch.dtype = torch.fl
         (out / SETTINGS).write_text((model / SETTINGS).read_text())
 
 
-def export_controlnet(run: Path, model: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write the averaged weights of a run of `structure` as a ControlNet folder of diffusers; `model` is what it steers."""
+def export_controlnet(run: Path, model: Path, out: Path) -> None:
+    """Write the averaged weights of a run of `structure` as a ControlNet folder of diffusers, in half precision.
+
+    `model` is the model folder that it steers.
+    """
     trainer = StructureTrainer(BlipDiffusionPipeline.from_pretrained(model))
     trainer.load_state_dict(load_file(run / "ema.safetensors"))
-    trainer.controlnet.to(dtype).save_pretrained(out)
+    trainer.controlnet.half().save_pretrained(out)
     _forget_origin(out / "config.json")
 
 
