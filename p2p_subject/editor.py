@@ -19,9 +19,11 @@ from inversion.walk import After, trace
 from p2p_subject import checks, inverting
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
+from p2p_subject.context import stack
 from p2p_subject.controller import self_pixels, steps_of
 from p2p_subject.edits import Blend, EditSpec, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, SubjectError
+from p2p_subject.generating import requests
 from p2p_subject.images import Frame, fit, load_image
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
@@ -71,13 +73,20 @@ class Editor:
         are used, its sampling is not. Raises `ModelError` for one that cannot be edited with."""
         return cls(Model.of(pipeline))
 
+    @overload
+    def generate(
+        self, prompt: str, *, subject: AnySubject | None = None, seed: int | None = None, **options: Any
+    ) -> Source: ...
+    @overload
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> list[Source]: ...
+
     @torch.no_grad()
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
-        subject: Any = None,
-        seed: int | None = None,
+        subject: AnySubject | Sequence[AnySubject | None] | None = None,
+        seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
         size: tuple[int, int] | None = None,
         steps: int = DEFAULT_STEPS,
@@ -86,48 +95,58 @@ class Editor:
         callback: Callback | None = None,
         control: Any = None,
         control_strength: float = 1.0,
-    ) -> Source:
+    ) -> Source | list[Source]:
         """Generate a picture and return it with its trajectory, ready to be edited.
 
-        `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1, C, h, w) is the noise to
-        start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is the model's own,
-        or of the shape of `control`. `callback` as in `edit`. `control` is a control picture (see `control_image`) for the
-        model's ControlNet to keep the structure to, as strongly as `control_strength`; edits of the result keep to it too.
+        `prompt`, `subject` and `seed` may be lists: B pictures, a list of sources, in one batch; a value that is not in a list
+        serves every row. `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1 or B, C, h,
+        w) is the noise to start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is
+        the model's own, or of the shape of `control`. `callback` as in `edit`. `control` is a control picture (see
+        `control_image`) for the model's ControlNet to keep the structure to, as strongly as `control_strength`; edits of the
+        result keep to it too.
+
+        The steps are DDIM's, which edits need. To sample by another scheduler, with the prompt's strength of BLIP-Diffusion and
+        its repetition, call the pipeline, `editor.model.pipeline`.
         """
         model = self.model
         model.require_controllable()
+        wanted, several = requests(prompt, subject, seed)
         structure = Structure.read(control, control_strength)
         model.require_structure(structure)
         if structure is not None and size is None:
             size = fit(structure.picture, multiple=model.multiple, area=model.area)[1].model_size
         schedule = model.schedule(steps)
         scale = self.guidance_scale(guidance_scale)
-        target = model.layout(prompt, subject=subject is not None)
-        if subject is not None:
-            require_subject_first(target, subject.category)
-            model.require_subject(subject)
-        noise = self._noise_latents(latents, seed, size)
+        layouts = [model.layout(row.prompt, subject=row.subject is not None) for row in wanted]
+        for row, target in zip(wanted, layouts):
+            if row.subject is not None:
+                require_subject_first(target, row.subject.category)
+                model.require_subject(row.subject)
+        noise = self._noise_latents(latents, [row.seed for row in wanted], size)
         if structure is not None:
             structure = structure.resized(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
         maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
         with model.controlled():
             negative = model.structured(model.unconditional(negative_prompt), structure)
-            embedded = None if subject is None else model.embed(subject)
-            context = model.structured(model.encode(target, embedded), structure)
+            embedded = [None if row.subject is None else model.embed(row.subject) for row in wanted]
+            context = model.structured(stack([model.encode(*pair) for pair in zip(layouts, embedded)]), structure)
             predict = guided(model.noise, lambda index: negative, context, scale, maps)
             kept = trace(predict, noise, _progress("generating")(schedule.sampling()), _reporting(callback))
-            image = model.decode(kept[-1])[0]
-        trajectory = Trajectory(
-            torch.cat(kept[::-1]),
-            schedule,
-            prompt,
-            "generated",
-            guidance_scale=scale,
-            fingerprint=model.fingerprint,
-            negative_prompt=negative_prompt,
-        )
-        frame = Frame(image.size, image.size)
-        return Source(trajectory, image, frame, maps.mean()[0].cpu(), embedded, structure=structure)
+            images = model.decode(kept[-1])
+        path, attention = torch.stack(kept[::-1], 1), maps.mean().cpu()
+        made = {"guidance_scale": scale, "fingerprint": model.fingerprint, "negative_prompt": negative_prompt}
+        sources = [
+            Source(
+                Trajectory(path[k], schedule, row.prompt, "generated", **made),
+                images[k],
+                Frame(images[k].size, images[k].size),
+                attention[k],
+                embedded[k],
+                structure=structure,
+            )
+            for k, row in enumerate(wanted)
+        ]
+        return sources if several else sources[0]
 
     def stylize(
         self,
@@ -347,26 +366,31 @@ class Editor:
             raise ArgumentError(f"guidance_scale={guidance_scale!r}; expected a number of 0 or more, such as 7.5")
         return float(guidance_scale)
 
-    def _noise_latents(self, latents: Tensor | None, seed: int | None, size: tuple[int, int] | None) -> Tensor:
-        model = self.model
+    def _noise_latents(self, latents: Tensor | None, seeds: Sequence[int | None], size: tuple[int, int] | None) -> Tensor:
+        model, rows = self.model, len(seeds)
         channels, factor = model.unet.config.in_channels, model.scale_factor
         if latents is not None:
-            if latents.ndim != 4 or latents.shape[:2] != (1, channels):
-                raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected (1, {channels}, h, w)")
-            return require_finite(latents, "latents").to(model.device, torch.float32)
+            if latents.ndim != 4 or latents.shape[1] != channels or len(latents) not in (1, rows):
+                wanted = "1" if rows == 1 else f"1 or {rows}"
+                raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected ({wanted}, {channels}, h, w)")
+            latents = require_finite(latents, "latents").to(model.device, torch.float32)
+            return latents.expand(rows, -1, -1, -1)
         width, height = self._sides(model.size if size is None else size)
-        if seed is not None:
-            seed = checks.whole(seed, "seed", 0, "a whole number of 0 or more, or None for a random one")
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        # Drawn on the CPU, so that a seed means the same noise on every device.
-        return torch.randn(1, channels, height // factor, width // factor, generator=generator).to(model.device)
+        shape = (1, channels, height // factor, width // factor)
+        # Drawn on the CPU, so that a seed means the same noise on every device, alone or among others.
+        return torch.cat([torch.randn(shape, generator=_generator(seed)) for seed in seeds]).to(model.device)
 
     def _sides(self, size: Any) -> tuple[int, int]:
         sides = tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
         if any(not isinstance(side, int) or side <= 0 or side % self.model.multiple for side in sides):
             raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {self.model.multiple}")
         return sides
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator
 
 
 def _reporting(callback: Callback | None, after: After = lambda latents, move: latents) -> After:
