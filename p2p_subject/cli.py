@@ -67,10 +67,23 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help='such as "a dog on grass"; a subject stands behind its first word')
     _subject_arguments(generate)
     _control_arguments(generate, "KIND:FILE to make one from a picture")
-    generate.add_argument("--out", required=True, metavar="FILE", help="the picture (.png, .jpg, .webp, .tif or .bmp)")
+    about = "the picture (.png, .jpg, .webp, .tif or .bmp); of several, NAME_1.png, NAME_2.png and so on"
+    generate.add_argument("--out", required=True, metavar="FILE", help=about)
+    generate.add_argument("--count", type=_count, default=1, metavar="N", help="pictures, each of the next seed (default 1)")
     generate.add_argument("--save-source", metavar="FILE", help="keep the generation (.safetensors) as SOURCE of later edits")
     _common_arguments(generate)
     _guidance_arguments(generate)
+
+    interpolate = command("interpolate", "generate a strip of frames from one subject to another")
+    interpolate.add_argument("prompt", metavar="PROMPT", help='such as "a dog on grass"; {category} is the nearer subject\'s')
+    _subject_arguments(interpolate, required=True)
+    interpolate.add_argument("--to", action="append", required=True, metavar="PICTURE", help="picture of the other subject")
+    interpolate.add_argument("--to-category", metavar="WORD", help="what the other subject is (default: the same)")
+    interpolate.add_argument("--frames", type=_count, default=7, metavar="N", help="pictures, ends included (default 7)")
+    interpolate.add_argument("--spherical", action="store_true", help="turn from one embedding to the other, not straight")
+    interpolate.add_argument("--out", required=True, metavar="FILE", help="the strip (.png, .jpg, .webp, .tif or .bmp)")
+    _common_arguments(interpolate)
+    _guidance_arguments(interpolate)
 
     stylize = command("stylize", "generate in the style of one picture along the structure of another")
     stylize.add_argument("structure", metavar="STRUCTURE", help="the picture whose structure is kept")
@@ -111,9 +124,10 @@ def _source_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--method", choices=METHODS, help="how the picture's generation is recovered (default direct)")
 
 
-def _subject_arguments(own: argparse.ArgumentParser) -> None:
-    own.add_argument("--subject", action="append", metavar="PICTURE", help="picture of the subject; give it again for more")
-    own.add_argument("--category", metavar="WORD", help="what the subject is, such as dog")
+def _subject_arguments(own: argparse.ArgumentParser, *, required: bool = False) -> None:
+    about = "picture of the subject; give it again for more"
+    own.add_argument("--subject", action="append", required=required, metavar="PICTURE", help=about)
+    own.add_argument("--category", required=required, metavar="WORD", help="what the subject is, such as dog")
 
 
 def _control_arguments(own: argparse.ArgumentParser, otherwise: str) -> None:
@@ -157,6 +171,10 @@ def _weight(text: str) -> tuple[str | tuple[str, int], float]:
 def _window(text: str) -> float | tuple[float, ...]:
     values = [_number(part, float, 0, 1, "a share of the steps, 0 to 1, or START,STOP") for part in text.split(",")]
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _count(text: str) -> int:
+    return _number(text, int, 1, 1000, "a whole number from 1 to 1000")
 
 
 def _seed(text: str) -> int:

@@ -78,30 +78,52 @@ def edit(arguments: Namespace) -> Report:
 
 
 def generate(arguments: Namespace) -> Report:
-    """Generate a picture, of a subject if one is given."""
-    targets = _targets(image=arguments.out, source=arguments.save_source)
+    """Generate a picture, of a subject if one is given, or several."""
+    numbered = _numbered(arguments.out, arguments.count)
+    if arguments.count > 1 and arguments.save_source:
+        raise ArgumentError(f"--save-source keeps one generation, --count {arguments.count} was given; leave one out")
+    targets = _targets(source=arguments.save_source, **numbered)
     subject = _subject(arguments)
-    if arguments.seed is None:
-        # Chosen here so that it can be told: any picture can be made again.
-        arguments.seed = secrets.randbelow(2**32)
+    _choose_seed(arguments)
     control = _control(arguments)
     editor = load_editor(arguments, control is not None)
-    source = editor.generate(
-        arguments.prompt,
-        subject=subject,
+    sources = _in_batches(
+        editor,
+        [{"prompt": arguments.prompt, "subject": subject, "seed": arguments.seed + k} for k in range(arguments.count)],
         negative_prompt=arguments.negative_prompt,
         control=control,
-        **given(arguments, "seed", "steps", "guidance_scale", "control_strength"),
+        **given(arguments, "steps", "guidance_scale", "control_strength"),
     )
-    return _generated(editor, arguments, source, targets)
+    return _generated(editor, arguments, sources, targets)
+
+
+def interpolate(arguments: Namespace) -> Report:
+    """Generate a strip of frames from one subject to another, from the same noise."""
+    targets = _targets(image=arguments.out)
+    first, second = _subject(arguments), Subject(arguments.to, arguments.to_category or arguments.category)
+    _choose_seed(arguments)
+    amounts = [k / max(arguments.frames - 1, 1) for k in range(arguments.frames)]
+    mixed = [Subject.mix(first, second, amount, spherical=arguments.spherical) for amount in amounts]
+    editor = load_editor(arguments)
+    prompts = [arguments.prompt.replace("{category}", own.category) for own in mixed]
+    rows = [{"prompt": prompt, "subject": own, "seed": arguments.seed} for prompt, own in zip(prompts, mixed)]
+    options = given(arguments, "steps", "guidance_scale")
+    sources = _in_batches(editor, rows, negative_prompt=arguments.negative_prompt, **options)
+    panels = [(first.category, first.pictures[0])]
+    panels += [(f"{amount:.2f}", source.image) for amount, source in zip(amounts, sources)]
+    panels += [(second.category, second.pictures[0])]
+    sheet = contact_sheet([panels], panel=panel_for(sources[0].image))
+    outputs = _write(targets, {"image": sheet}, None)
+    told = {"outputs": outputs, "prompts": [source.prompt for source in sources], "amounts": amounts}
+    report = told | run_report(editor, arguments, sources[0])
+    return report, [f"{arguments.prompt!r}, seed {arguments.seed}, {len(sources)} frames", *listed(outputs)]
 
 
 def stylize(arguments: Namespace) -> Report:
     """Generate in the style of one picture along the structure of another."""
     targets = _targets(image=arguments.out, source=arguments.save_source)
     style, structure = _subject(arguments), load_image(arguments.structure, what="structure")
-    if arguments.seed is None:
-        arguments.seed = secrets.randbelow(2**32)
+    _choose_seed(arguments)
     control = _control(arguments, structure)
     editor = load_editor(arguments, True)
     source = editor.stylize(
@@ -112,13 +134,40 @@ def stylize(arguments: Namespace) -> Report:
         negative_prompt=arguments.negative_prompt,
         **given(arguments, "seed", "steps", "guidance_scale", "control_strength"),
     )
-    return _generated(editor, arguments, source, targets)
+    return _generated(editor, arguments, [source], targets)
 
 
-def _generated(editor: Editor, arguments: Namespace, source: Source, targets: dict[str, Path]) -> Report:
-    outputs = _write(targets, {"image": source.image}, source)
-    report = {"outputs": outputs, "prompt": source.prompt, **run_report(editor, arguments, source)}
-    return report, [f"{source.prompt!r}, seed {arguments.seed}", *listed(outputs)]
+def _generated(editor: Editor, arguments: Namespace, sources: Sequence[Source], targets: dict[str, Path]) -> Report:
+    outputs = _write(targets, dict(zip(_numbered("", len(sources)), (source.image for source in sources))), sources[0])
+    report = {"outputs": outputs, "prompt": sources[0].prompt, **run_report(editor, arguments, sources[0])}
+    seeds = f"seed {arguments.seed}" + (f" to {arguments.seed + len(sources) - 1}" if len(sources) > 1 else "")
+    return report, [f"{sources[0].prompt!r}, {seeds}", *listed(outputs)]
+
+
+def _numbered(out: str, count: int) -> dict[str, str]:
+    """Names of the pictures of a command, and the files they go to."""
+    if count == 1:
+        return {"image": out}
+    path = Path(out)
+    return {f"image_{k}": str(path.with_name(f"{path.stem}_{k}{path.suffix}")) if out else "" for k in range(1, count + 1)}
+
+
+def _choose_seed(arguments: Namespace) -> None:
+    """Choose a seed where none was given, here, so that it can be told: any picture can be made again."""
+    if arguments.seed is None:
+        arguments.seed = secrets.randbelow(2**32)
+
+
+AT_ONCE = 4
+"""Pictures of one U-Net call at most, so that memory does not grow with their number."""
+
+
+def _in_batches(editor: Editor, rows: Sequence[dict[str, Any]], **options: Any) -> list[Source]:
+    sources: list[Source] = []
+    for first in range(0, len(rows), AT_ONCE):
+        part = rows[first : first + AT_ONCE]
+        sources += editor.generate(**{name: [row[name] for row in part] for name in part[0]}, **options)
+    return sources
 
 
 def heatmap(arguments: Namespace) -> Report:

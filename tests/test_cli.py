@@ -379,3 +379,38 @@ class TestProcess:
         command = [sys.executable, "-m", "p2p_subject", *words, "--model", str(shell.model), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stderr == "" and json.loads(done.stdout)["prompt"] == "a dog on grass"
+
+
+class TestSeveralPictures:
+    GENERATE = ("generate", "a dog on grass", "--subject", "{dog0}", "--category", "dog", "--steps", "2", "--seed", "3")
+    DOG = ("--subject", "{dog0}", "--category", "dog", "--steps", "2")
+    STRIP = ("interpolate", "a {{category}} on grass", *DOG, "--to", "{dog1}")
+
+    def test_pictures_of_one_seed_after_another_go_to_numbered_files(self, shell) -> None:
+        report = shell.report(*self.GENERATE, "--count", "5", "--out", "{tmp}/dog.png")
+        assert shell.written() == [f"dog_{k}.png" for k in range(1, 6)] and len(report["outputs"]) == 5
+        shell.report(*self.GENERATE[:-1], "4", "--out", "{tmp}/alone.png")
+        second, alone = (np.asarray(Image.open(shell.folder / name), int) for name in ("dog_2.png", "alone.png"))
+        # In one batch with others, sums of float32 may round otherwise.
+        assert np.abs(second - alone).max() <= 1
+
+    def test_a_strip_goes_from_one_subject_to_the_other(self, shell) -> None:
+        report = shell.report(*self.STRIP, "--to-category", "cat", "--frames", "5", "--spherical", "--out", "{tmp}/strip.png")
+        assert report["amounts"] == [0, 0.25, 0.5, 0.75, 1]
+        assert report["prompts"] == ["a dog on grass"] * 2 + ["a cat on grass"] * 3
+        width, height = Image.open(shell.folder / "strip.png").size
+        assert width > 5 * height
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((*GENERATE, "--count", "0"), "a whole number from 1 to 1000"),
+            ((*GENERATE, "--count", "2", "--save-source", "{tmp}/s.safetensors"), "--save-source keeps one generation"),
+            ((*STRIP, "--frames", "x"), "a whole number from 1 to 1000"),
+            (("interpolate", "a dog", "--subject", "{dog0}", "--category", "dog", "--to", "no.png"), "there is no such file"),
+            (("interpolate", "a dog", "--subject", "{dog0}", "--to", "{dog1}"), "--category"),
+        ],
+    )
+    def test_wrong_arguments_write_nothing(self, shell, arguments, message: str) -> None:
+        code, _, err = shell(*arguments, "--out", "{tmp}/out.png")
+        assert code == 2 and message in err and shell.written() == []
