@@ -19,6 +19,7 @@ _HOMES = {
     "EditSpec": "edits",
     "Editor": "editor",
     "EmbeddedSubject": "subject",
+    "Finetuned": "finetuning",
     "MixedSubject": "subject",
     "P2PSubjectError": "errors",
     "Source": "source",
