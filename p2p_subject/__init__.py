@@ -21,6 +21,7 @@ _HOMES = {
     "EditSpec": "edits",
     "Editor": "editor",
     "EmbeddedSubject": "subject",
+    "Finetuned": "finetuning",
     "HEDdetector": "control_images",
     "MixedSubject": "subject",
     "P2PSubjectError": "errors",

@@ -109,6 +109,15 @@ def parser() -> argparse.ArgumentParser:
     _control_arguments(heatmap, "the kind of it to be made from SOURCE")
     _common_arguments(heatmap)
 
+    finetune = command("finetune", "learn a subject from a few pictures; the result is a small folder for --model")
+    finetune.add_argument("pictures", metavar="FOLDER", help="pictures of the subject; transparency is not learned")
+    finetune.add_argument("--category", required=True, metavar="WORD", help="what the subject is, such as dog")
+    finetune.add_argument("--out", required=True, metavar="FOLDER", help="the result; a run that was stopped there goes on")
+    finetune.add_argument("--masks", metavar="FOLDER", help="where the subject is, in files of the same names")
+    finetune.add_argument("--validation", metavar="FOLDER", help="held-out pictures of it, or their share of FOLDER, as 0.25")
+    _finetuning_arguments(finetune)
+    _model_arguments(finetune)
+
     demo = command("demo", "swap unseen subjects into unseen scenes, beside the true answers")
     demo.add_argument("--out", default="demo", metavar="FOLDER", help="where the pictures go (default %(default)s)")
     _common_arguments(demo)
@@ -125,7 +134,8 @@ def _source_arguments(own: argparse.ArgumentParser) -> None:
 
 
 def _subject_arguments(own: argparse.ArgumentParser, *, required: bool = False) -> None:
-    about = "picture of the subject; give it again for more"
+    otherwise = "" if required else " (default: what --model was fine-tuned on)"
+    about = f"picture of the subject; give it again for more{otherwise}"
     own.add_argument("--subject", action="append", required=required, metavar="PICTURE", help=about)
     own.add_argument("--category", required=required, metavar="WORD", help="what the subject is, such as dog")
 
@@ -135,6 +145,22 @@ def _control_arguments(own: argparse.ArgumentParser, otherwise: str) -> None:
     own.add_argument("--control", metavar="KIND|FILE", help=kinds)
     own.add_argument("--control-strength", type=_strength, metavar="F", help="how strongly the structure counts (default 1)")
     own.add_argument("--controlnet", metavar="NAME", help="folder or hub name (default: the model's own, or edges)")
+
+
+def _finetuning_arguments(own: argparse.ArgumentParser) -> None:
+    """Options that are fields of `p2p_subject.finetuning.Settings`, whose defaults hold where they are not given."""
+    own.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default 80)")
+    own.add_argument("--method", choices=("lora", "full"), help="low-rank additions, or all of the U-Net (default lora)")
+    own.add_argument("--learning-rate", type=float, metavar="F", help="default 5e-4 for lora, 5e-5 for full")
+    own.add_argument("--batch", type=int, metavar="N", help="pictures a step (default 3)")
+    own.add_argument("--rank", type=int, metavar="N", help="rank of the additions (default 8)")
+    own.add_argument("--alpha", type=float, metavar="F", help="they count alpha / rank (default: the rank)")
+    own.add_argument("--train-embedding", action="store_true", default=None, help="train the subject's embedding as well")
+    own.add_argument("--prompts", nargs="+", metavar="TEXT", help="what the pictures show (default 'a {category}')")
+    own.add_argument("--prior-weight", type=float, metavar="F", help="learn pictures of the category too, to keep its word")
+    own.add_argument("--prior", metavar="FOLDER", help="these pictures, or where generated ones are kept for further runs")
+    own.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default 40)")
+    own.add_argument("--seed", type=_seed, metavar="N", help="of all that is random (default 0)")
 
 
 def _common_arguments(own: argparse.ArgumentParser) -> None:

@@ -21,11 +21,13 @@ from p2p_subject import __version__
 from p2p_subject.control_images import KINDS, control_image
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
+from p2p_subject.finetuning.stored import is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
 from p2p_subject.outputs import IMAGE_FORMATS, check_target, save_image
 from p2p_subject.prompts import describe
 from p2p_subject.source import Source
 from p2p_subject.structure import Structure
+from p2p_subject.subject import AnySubject
 from p2p_subject.viz import contact_sheet, edit_sheet, mask_area, overlay, panel_for
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ Report = tuple[dict[str, Any], list[str]]
 """What a program reads (JSON-able), and what a person reads."""
 
 SAVED_SOURCE = (".safetensors",)
+FINETUNING = (
+    "steps", "method", "learning_rate", "batch", "rank", "alpha", "train_embedding", "prompts", "prior_weight", "prior",
+    "checkpoint_every", "seed", "masks",
+)  # fmt: skip
+"""Arguments of `finetune` that `Editor.finetune` takes by the same name."""
 
 
 def edit(arguments: Namespace) -> Report:
@@ -170,6 +177,34 @@ def _in_batches(editor: Editor, rows: Sequence[dict[str, Any]], **options: Any) 
     return sources
 
 
+def finetune(arguments: Namespace) -> Report:
+    """Learn a subject from the pictures of a folder."""
+    options = given(arguments, *FINETUNING)
+    if not Path(arguments.pictures).is_dir():
+        raise ArgumentError(f"{arguments.pictures!r} is no folder; expected the one that holds the pictures of the subject")
+    validation = arguments.validation
+    if validation is not None and not Path(validation).is_dir():
+        validation = _share(validation)
+    editor = load_editor(arguments)
+    result = editor.finetune(arguments.pictures, arguments.category, validation=validation, out=arguments.out, **options)
+    folder = Path(arguments.out).resolve()
+    measured = [row["validation"] for row in result.history if row["step"] == result.step and "validation" in row]
+    report = {
+        "outputs": {"folder": str(folder)},
+        "category": result.subject.category,
+        "model": editor.model.name,
+        "device": str(editor.model.device),
+        "method": result.settings.method,
+        "steps": result.settings.steps,
+        "kept_step": result.step,
+        "loss": result.history[-1]["loss"],
+        "validation": measured[0] if measured else None,
+        "seed": result.settings.seed,
+    }
+    told = f"learned a {result.subject.category} in {result.step} steps ({result.settings.method}); use it as --model {folder}"
+    return report, [told, *listed(report["outputs"])]
+
+
 def heatmap(arguments: Namespace) -> Report:
     """Show the attention to words of a picture's prompt."""
     targets = _targets(image=arguments.out)
@@ -205,6 +240,7 @@ def info(arguments: Namespace) -> Report:
     report = {
         "model": model.name,
         "folder": _folder(arguments.model),
+        "subject": None if editor.subject is None else editor.subject.category,
         "fingerprint": model.fingerprint,
         "device": str(model.device),
         "devices": devices(),
@@ -329,12 +365,22 @@ def require_writable(*folders: Path) -> None:
             raise OutputError(f"cannot write into {str(folder)!r} ({error.strerror or error}); give another folder") from error
 
 
-def _subject(arguments: Namespace) -> Subject | None:
+def _subject(arguments: Namespace) -> AnySubject | None:
+    """The subject that is given, or that the model was fine-tuned on; that one only where it has a place."""
     if arguments.subject is not None:
         return Subject(arguments.subject, arguments.category or "")
     if arguments.category is not None:
         raise SubjectError(f"--category {arguments.category!r} was given without a picture of it; add --subject PICTURE")
-    return None
+    placed = arguments.command == "generate" or arguments.swap is not None
+    known = placed and arguments.model is not None and is_finetuned(arguments.model)
+    return stored_subject(Path(arguments.model)) if known else None
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentError(f"--validation {text!r} is no folder and no share of the pictures, such as 0.25") from None
 
 
 def _control(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
