@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from blip_tiny import picture, tiny_pipeline
-from diffusers import DDIMScheduler
+from diffusers import ControlNetModel, DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -688,3 +688,17 @@ class TestCommandLine:
         code, report, err = shell(*arguments)
         assert code == 2 and report["error"] == error and message in err and err.count("\n") == 1
         assert not (tmp_path / "dog").exists()
+
+
+def test_a_fine_tuned_model_takes_a_controlnet_as_its_base_does(miniature_folder, tmp_path) -> None:
+    """The ControlNet is no part of what was tuned: it can come later, or have been there and be gone."""
+    editor = Editor.from_pretrained(miniature_folder)
+    controlnet = ControlNetModel.from_unet(editor.model.unet, conditioning_embedding_out_channels=(16, 32, 64))
+    tuned = editor.finetune(PICTURES[:2], "dog", steps=1, method="full")
+    tuned.save(tmp_path / "dog")
+    loaded = Editor.from_pretrained(tmp_path / "dog", controlnet=controlnet)
+    edges = Image.fromarray(np.zeros((64, 64, 3), np.uint8))
+    made = loaded.generate("a dog", subject=loaded.subject, control=edges, seed=0, steps=2)
+    assert made.structure is not None and loaded.subject.category == "dog"
+    again = loaded.finetune(PICTURES[:1], "dog", steps=1, method="full")
+    again.save(tmp_path / "again")

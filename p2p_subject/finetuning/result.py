@@ -20,6 +20,7 @@ from p2p_subject.errors import ArgumentError, ModelError, ModelMismatchError, Ou
 from p2p_subject.finetuning import network
 from p2p_subject.finetuning.settings import Settings
 from p2p_subject.finetuning.stored import FINETUNED, FORMAT, SUBJECT, WEIGHTS, read_finetuned, stored_subject
+from p2p_subject.fingerprint import fingerprint
 from p2p_subject.models import MINIATURE, Model
 from p2p_subject.outputs import atomic_path, atomic_write
 from p2p_subject.subject import EmbeddedSubject
@@ -81,11 +82,11 @@ class Finetuned:
             raise OutputError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
         write_tensors(folder / WEIGHTS[self.settings.method], weights)
         write_tensors(folder / SUBJECT, {"embedding": self.subject.embedding})
-        name, fingerprint = self.base
+        name, origin = self.base
         values = {
             "format": FORMAT,
-            "base": {"name": name, "fingerprint": fingerprint},
-            "fingerprint": self.model.fingerprint,
+            "base": {"name": name, "fingerprint": origin},
+            "fingerprint": identity(self.model),
             "category": self.subject.category,
             "step": self.step,
             "settings": self.settings.to_dict(),
@@ -99,7 +100,12 @@ def base_of(model: Model) -> tuple[str, str]:
     """The name under which a model is found again, and its fingerprint."""
     folder = Path(model.name)
     named = model.name if model.name == MINIATURE or not folder.is_dir() else str(folder.resolve())
-    return named, model.fingerprint
+    return named, identity(model)
+
+
+def identity(model: Model) -> str:
+    """Fingerprint of what fine-tuning starts from and makes; a ControlNet beside it is no part of either."""
+    return fingerprint(model.pipeline, controlnet=False)
 
 
 def with_unet(model: Model, unet: UNet2DConditionModel, subject: EmbeddedSubject | None = None, name: str = "") -> Model:
@@ -122,21 +128,21 @@ def load_finetuned(folder: Path, *, base: Any = None, **options: Any) -> Finetun
     values, subject = read_finetuned(folder), stored_subject(folder)
     try:
         settings = Settings.of(**values["settings"])
-        stored, fingerprint = str(values["base"]["name"]), values["base"]["fingerprint"]
+        stored, wanted = str(values["base"]["name"]), values["base"]["fingerprint"]
         made, step, history = values["fingerprint"], values["step"], tuple(values["history"])
     except (KeyError, TypeError, ArgumentError) as error:
         raise ModelError(f"{folder / FINETUNED} is damaged ({error!r}); save the fine-tuned model again") from error
     model = _base(base, stored, options)
-    if model.fingerprint != fingerprint:
+    if identity(model) != wanted:
         raise ModelMismatchError(
-            f"{folder} was fine-tuned on the model {stored!r} of fingerprint {fingerprint}; the one at hand ({model.name}) is "
-            f"{model.fingerprint}. Name the model it was made from as base="
+            f"{folder} was fine-tuned on the model {stored!r} of fingerprint {wanted}; the one at hand ({model.name}) is "
+            f"{identity(model)}. Name the model it was made from as base="
         )
     path = folder / WEIGHTS[settings.method]
     tuned = with_unet(model, _unet(model, settings, path), subject, str(folder))
-    if tuned.fingerprint != made:
+    if identity(tuned) != made:
         raise ModelMismatchError(f"{path} and {folder / FINETUNED} are not of one run; save the fine-tuned model again")
-    return Finetuned(tuned, settings, (stored, fingerprint), step, history)
+    return Finetuned(tuned, settings, (stored, wanted), step, history)
 
 
 def _base(base: Any, stored: str, options: Mapping[str, Any]) -> Model:
