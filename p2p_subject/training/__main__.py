@@ -1,6 +1,7 @@
 """`python -m p2p_subject.training STAGE ...`: train the miniature model from nothing.
 
 Stages, in order: `vae`, `scenes` (draw and encode the training set), `representation`, `export` (write the model folder).
+For a model of the real size, `cutouts` prepares a folder of pictures.
 A run that was interrupted goes on when the same command is given again.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from p2p_subject.errors import P2PSubjectError
+from p2p_subject.training import cutout_stage
 from p2p_subject.training.loop import RunConfig
 
 
@@ -44,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--run", type=Path, required=True)
     export.add_argument("--vae", type=Path, required=True)
     export.add_argument("--out", type=Path, required=True)
+    cutout_stage.add_arguments(stages.add_parser("cutouts", help="cut the subjects out of a folder of pictures"))
     return top
 
 
@@ -83,6 +87,11 @@ def main() -> None:
         from p2p_subject.training.export import export
 
         export(arguments["run"], arguments["vae"], arguments["out"])
+    elif stage == "cutouts":
+        try:
+            cutout_stage.command(argparse.Namespace(**arguments))
+        except P2PSubjectError as error:
+            parser().exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
