@@ -1,9 +1,9 @@
 """Cut-outs made once, kept on disk, and found again.
 
 The cache is a folder of its own: `ab/abcd....png`, RGBA with straight alpha, named by what it was made from: the bytes of the
-picture and its mask, the subject, the settings, the weights of CLIPSeg. So a run that was interrupted goes on where it was,
-and a changed picture, mask or setting makes a new cut-out. `ab/abcd....txt` says why there is none. `cutouts.json` lists what
-the last complete run found for which picture; a training run reads that list and nothing else of the pictures' origin.
+picture, those of its mask or else the subject and the weights of CLIPSeg, and the settings. So a run that was interrupted
+goes on where it was, and a changed picture, mask or setting makes a new cut-out. `ab/abcd....txt` says why there is none.
+`cutouts.json` lists what the last complete run made of which picture; it is what a training run reads.
 """
 
 from __future__ import annotations
@@ -169,13 +169,14 @@ def _row(entry: Entry, folder: Path, settings: CutoutSettings, segmenter: Segmen
     """Make the cut-out of one entry unless it is there; its line of the index."""
     content = entry.picture.read_bytes()
     clipseg = None if segmenter is None else loaded(segmenter)
+    searched = entry.mask is None
     made_from = {
         "version": _VERSION,
         "picture": hashlib.sha256(content).hexdigest(),
-        "mask": entry.mask and hashlib.sha256(entry.mask.read_bytes()).hexdigest(),
-        "subject": entry.subject,
+        "mask": None if searched else hashlib.sha256(entry.mask.read_bytes()).hexdigest(),
+        "subject": entry.subject if searched else None,
         "settings": asdict(settings),
-        "clipseg": clipseg and clipseg.fingerprint,
+        "clipseg": clipseg.fingerprint if searched and clipseg else None,
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     row = {"file": entry.file, "subject": entry.subject, "bytes": len(content)}
