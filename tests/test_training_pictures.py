@@ -358,7 +358,7 @@ def test_what_is_no_clipseg_is_refused(clipseg_folder, tmp_path) -> None:
 
 def test_clipseg_fills_the_cache_and_skips_loudly(clipseg_folder, tmp_path) -> None:
     pytest.importorskip("pymatting")
-    folder, cache = make_folder(tmp_path / "set", 6, masks=False), tmp_path / "cache"
+    folder, cache = make_folder(tmp_path / "set", 6, masks=False, size=48), tmp_path / "cache"
     entries = read_folder(folder)
     with pytest.raises(DatasetError, match="6 of 6 pictures have neither mask nor transparency"):
         make_cutouts(entries, cache)
@@ -716,6 +716,10 @@ def test_the_sets_fit_the_networks(pictures, cutouts, tmp_path) -> None:
     assert (inputs.window, inputs.queries, inputs.factor, inputs.resolution, inputs.side) == (60, 4, 2, 16, 32)
     batch = batches(PictureFolder(pictures, cutouts, inputs, template=PAPER, resolution=32), 3)(0, 0, 1)
     assert batch["pixels"].shape == (3, 3, 32, 32) and batch["mask"].shape == (3, 16, 16)
+    config = tmp_path / "model" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": [8, 12]}))
+    with pytest.raises(ModelError, match="sample_size"):
+        ModelInputs.of(tmp_path / "model")
     with torch.no_grad():
         latents = pipeline.vae.encode(batch["pixels"]).latent_dist.mean
         subjects = pipeline.qformer(batch["references"], batch["category_ids"], batch["category_mask"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from p2p_subject.blip_diffusion.config import Blip2QFormerConfig, ContextCLIPTextConfig
 from p2p_subject.blip_diffusion.loading import LoadOptions, load_component, model_folder
 from p2p_subject.blip_diffusion.weights import read_json
-from p2p_subject.errors import ArgumentError, SubjectError
+from p2p_subject.errors import ArgumentError, ModelError, SubjectError
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, CLIPTokenizerFast
@@ -44,7 +44,7 @@ class ModelInputs:
 
     @classmethod
     def of(cls, name: str | Path, qformer_tokenizer: str | Path | None = None) -> ModelInputs:
-        """Read the configurations and tokenizers of a model folder or hub name; raises `ModelError`.
+        """Read the configurations and tokenizers of a model folder or hub name, whose U-Net is square; raises `ModelError`.
 
         `qformer_tokenizer`: the word pieces' folder or name, for folders that lack them.
         """
@@ -53,6 +53,9 @@ class ModelInputs:
         text = ContextCLIPTextConfig.from_dict(read_json(folder / "text_encoder" / "config.json"))
         qformer = Blip2QFormerConfig.from_dict(read_json(folder / "qformer" / "config.json"))
         index = read_json(folder / "model_index.json")
+        own = read_json(folder / "unet" / "config.json").get("sample_size")
+        if not isinstance(own, int):
+            raise ModelError(f"{folder}: the U-Net's sample_size is {own!r}; expected one number, the side of a square latent")
         factor = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
         return cls(
             tokenizer=load_component("tokenizer", folder, options),
@@ -62,7 +65,7 @@ class ModelInputs:
             queries=qformer.num_query_tokens,
             words=qformer.qformer_config.max_position_embeddings,
             factor=factor,
-            resolution=factor * read_json(folder / "unet" / "config.json")["sample_size"],
+            resolution=factor * own,
             mean=index.get("mean"),
             std=index.get("std"),
         )

@@ -160,8 +160,8 @@ def batches(dataset: PictureFolder | CaptionedPictures, batch_size: int, seed: i
 
     A step takes the next `batch_size` rows of an endless series of epochs, each in an order of its own, and a process of rank
     `rank` its share of them: B = `batch_size` / `world` rows. So a resumed run sees what an uninterrupted one would have seen.
-    `threads` read ahead, the rows of the next step while this one is computed; 0 reads when asked. In place of this, torch's
-    `DataLoader` takes the dataset as well. Raises `ArgumentError` for a batch that cannot be shared out.
+    `threads` read ahead, the rows of the next step while this one is computed; 0 reads when asked. torch's `DataLoader` takes
+    the dataset as well, but composes every epoch as the first. Raises `ArgumentError` for a batch that cannot be shared out.
     """
     if batch_size < 1 or threads < 0:
         raise ArgumentError(f"batch_size={batch_size}, threads={threads}; expected 1 or more, and 0 or more")
