@@ -30,6 +30,7 @@ from p2p_subject.training.multimodal import (
     hard_negatives,
     start_from_bert,
     unimodal,
+    world_pairs,
 )
 from p2p_subject.training.scenes import TEXT_LENGTH, caption_batches, caption_pairs
 from p2p_subject.training.tokenizers import save_word_piece_tokenizer
@@ -197,7 +198,7 @@ def test_batches_depend_on_seed_step_and_rank_alone(pieces) -> None:
 def test_what_a_run_learnt_is_told_on_scenes_it_never_saw(pieces, tmp_path) -> None:
     learner = trainer()
     save_file(learner.state_dict(), tmp_path / "ema.safetensors")
-    evaluate = evaluation(trainer, pieces, count=64)
+    evaluate = evaluation(trainer, world_pairs(pieces, count=64))
     figures = evaluate(1, tmp_path)
     assert set(figures) == {f"{split} {name}" for split in ("validation", "new_art") for name in ("recall", "matched", "told")}
     assert figures == evaluate(1, tmp_path) and all(0 <= value <= 1 for value in figures.values())

@@ -2,38 +2,42 @@
 
 Of the miniature alone: `vae`, `scenes` (draw and encode the training set), `structure` (its ControlNet). The two stages of
 pre-training: `multimodal` (a Q-Former on a frozen image encoder) and `representation` (subject representation learning).
-`export` writes a run as a model folder. A run that was interrupted goes on when the same command is given again. On several
-GPUs: `accelerate launch -m p2p_subject.training STAGE ... --device cuda`.
+`cutouts` prepares a folder of pictures for them, `export` writes a run as a model folder. A run that was interrupted goes on
+when the same command is given again. On several GPUs: `accelerate launch -m p2p_subject.training STAGE ... --device cuda`.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from p2p_subject.training.loop import RunConfig
-
-if TYPE_CHECKING:
-    from p2p_subject.training.representation import SubjectLearning
+from p2p_subject.errors import P2PSubjectError
+from p2p_subject.training import cutout_stage
 
 
-def _run_arguments(parser: argparse.ArgumentParser, steps: int, batch: int, rate: float, decay_from: float = 0.4) -> None:
+def _run_arguments(
+    parser: argparse.ArgumentParser,
+    steps: int | None,
+    batch: int | None,
+    rate: float | None,
+    decay_from: float | None = 0.4,
+    otherwise: str = "default %(default)s",
+) -> None:
+    """Arguments of every run; `otherwise` says what stands in for the first four where they are None."""
+    number = {"type": int, "metavar": "N"}
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an interrupted run there goes on")
-    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=batch, help="pictures a step, over all processes (default %(default)s)")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches whose gradients make one step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=rate, help="default %(default)s")
-    parser.add_argument(
-        "--decay-from", type=float, default=decay_from, help="share of the steps at full rate (default %(default)s)"
-    )
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each, on a CPU (default %(default)s)")
+    parser.add_argument("--steps", default=steps, help=f"optimiser steps ({otherwise})", **number)
+    parser.add_argument("--batch", default=batch, help=f"pictures a batch, over all processes ({otherwise})", **number)
+    parser.add_argument("--accumulate", default=1, help="batches whose gradients make one step (default 1)", **number)
+    parser.add_argument("--learning-rate", type=float, default=rate, metavar="F", help=otherwise)
+    share = f"share of the steps at full rate; 1: constant ({otherwise})"
+    parser.add_argument("--decay-from", type=float, default=decay_from, metavar="F", help=share)
+    parser.add_argument("--ema", type=float, default=0.999, metavar="F", help="decay of the averaged weights (default 0.999)")
+    parser.add_argument("--processes", default=2, help="processes of one thread each, on a CPU (default 2)", **number)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16", help="arithmetic (default %(default)s)")
-    parser.add_argument("--evaluate-every", type=int, default=1000, metavar="N", help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--evaluate-every", default=1000, help="default 1000", **number)
+    parser.add_argument("--seed", default=0, **number)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,17 +55,23 @@ def parser() -> argparse.ArgumentParser:
 
     multimodal = stages.add_parser("multimodal", help="stage one: a Q-Former learns to read pictures for their captions")
     _run_arguments(multimodal, steps=1200, batch=64, rate=1e-3)
+    model = "model folder of the image encoder and of all sizes (default: the miniature)"
+    multimodal.add_argument("--model", type=Path, help=model)
     multimodal.add_argument(
-        "--model", type=Path, help="model folder of the image encoder and of all sizes (default: the miniature)"
+        "--bert", type=Path, help="folder of a BERT that the Q-Former begins with (default: random weights)"
     )
-    multimodal.add_argument(
-        "--bert", type=Path, help="folder of a BERT whose weights the Q-Former begins with (default: random)"
-    )
+    _data_arguments(multimodal)
+    multimodal.add_argument("--validation", type=Path, help="another such folder, to measure on (default: none)")
+    multimodal.add_argument("--text-length", type=int, default=32, metavar="T", help="word pieces of a caption (default 32)")
 
     representation = stages.add_parser("representation", help="stage two: subject representation learning")
-    _run_arguments(representation, steps=8000, batch=64, rate=1e-3)
-    representation.add_argument("--scenes", type=Path, required=True, help="folder written by the stage `scenes`")
-    representation.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder, for the grids")
+    told = "default: what suited the miniature; with --data the paper's"
+    _run_arguments(representation, None, None, None, None, told)
+    representation.add_argument("--scenes", type=Path, help="of the miniature: folder written by the stage `scenes`")
+    representation.add_argument("--vae", type=Path, help="of the miniature: folder of the autoencoder, for the grids")
+    representation.add_argument("--model", type=Path, help="with --data: the model folder to begin with")
+    _data_arguments(representation)
+    _picture_arguments(representation)
     _start_arguments(representation)
     _learning_arguments(representation)
 
@@ -77,7 +87,21 @@ def parser() -> argparse.ArgumentParser:
     rest.add_argument("--vae", type=Path, help="of a run of the miniature: folder of the autoencoder")
     rest.add_argument("--model", type=Path, help="of any other run: the model folder that it began with")
     rest.add_argument("--structure", type=Path, help="of a run of `structure`: the model folder that it steers")
+    cutout_stage.add_arguments(stages.add_parser("cutouts", help="cut the subjects out of a folder of pictures"))
     return top
+
+
+def _data_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--data", type=Path, help="folder of pictures with captions (default: the miniature world)")
+    own.add_argument("--threads", type=int, default=4, help="that read pictures ahead (default %(default)s)")
+
+
+def _picture_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--cutouts", type=Path, help="with --data: folder written by the stage `cutouts`")
+    own.add_argument("--backgrounds", type=Path, help="folder of pictures without subjects (default: painted ones)")
+    own.add_argument("--subject", default="", metavar="WORD", help="category of pictures that do not name theirs")
+    own.add_argument("--template", choices=("released", "paper"), default="released", help="of captions (default %(default)s)")
+    own.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the pictures (default: the model's own)")
 
 
 def _start_arguments(own: argparse.ArgumentParser) -> None:
@@ -92,113 +116,22 @@ def _start_arguments(own: argparse.ArgumentParser) -> None:
 
 
 def _learning_arguments(own: argparse.ArgumentParser) -> None:
-    own.add_argument("--recipe", choices=("miniature", "paper"), default="miniature", help="default %(default)s")
     own.add_argument("--attention-weight", type=float, default=0.0, help="weight of the coverage term (default 0)")
     own.add_argument("--freeze-text-encoder", action="store_true", help="ablation: the text encoder stays as it is")
     own.add_argument("--no-category-text", action="store_true", help="ablation: the Q-Former does not read the category")
     own.add_argument("--no-subject-drop", action="store_true", help="ablation: every caption has its subject")
-
-
-def learning_of(arguments: dict) -> SubjectLearning:
-    """What of stage two is done how, as the arguments say."""
-    from p2p_subject.training import miniature
-    from p2p_subject.training.representation import Shares, SubjectLearning
-
-    recipe = miniature.LEARNING if arguments["recipe"] == "miniature" else SubjectLearning()
-    return dataclasses.replace(
-        recipe,
-        attention_weight=arguments["attention_weight"],
-        train_text_encoder=not arguments["freeze_text_encoder"],
-        category_text=not arguments["no_category_text"],
-        shares=Shares(0.0, recipe.shares.neither) if arguments["no_subject_drop"] else recipe.shares,
-    )
+    own.add_argument("--checkpointing", action="store_true", help="less memory for activations, a third more time")
 
 
 def main() -> None:
-    arguments = vars(parser().parse_args())
-    names = RunConfig.__dataclass_fields__
-    config = None
-    if "steps" in arguments:
-        config = RunConfig(**{name: value for name, value in arguments.items() if name in names})
-    globals()[f"_{arguments['stage']}"](config, arguments)
+    arguments = parser().parse_args()
+    # torch and diffusers take seconds to import; usage errors come before.
+    from p2p_subject.training import stages
 
-
-def _vae(config: RunConfig, arguments: dict) -> None:
-    from p2p_subject.training import vae
-    from p2p_subject.training.grids import reconstruction_grid
-
-    reconstruction_grid(vae.train(config, arguments["batch"]), config.out / "reconstructions.png")
-
-
-def _scenes(config: None, arguments: dict) -> None:
-    from p2p_subject.training.scenes import make_cache
-
-    make_cache(arguments["out"], arguments["vae"], arguments["count"], arguments["processes"])
-
-
-def _multimodal(config: RunConfig, arguments: dict) -> None:
-    from p2p_subject.blip_diffusion import BlipDiffusionPipeline
-    from p2p_subject.loading import miniature_folder
-    from p2p_subject.training import multimodal
-    from p2p_subject.training.representation import train
-    from p2p_subject.training.scenes import caption_batches
-
-    folder = arguments["model"] or miniature_folder()
-    pipeline = BlipDiffusionPipeline.from_pretrained(folder)
-    pieces = pipeline.qformer_tokenizer
-
-    def build() -> multimodal.MultimodalTrainer:
-        return multimodal.fresh(pipeline.qformer, pieces, arguments["bert"])
-
-    evaluate = multimodal.evaluation(build, pieces)
-    train(config, build, caption_batches(pieces, arguments["batch"], config.seed), evaluate, model=folder)
-
-
-def _representation(config: RunConfig, arguments: dict) -> None:
-    from p2p_subject.training import miniature
-    from p2p_subject.training.grids import generation_grid
-    from p2p_subject.training.representation import SubjectTrainer, start, train
-    from p2p_subject.training.scenes import Cache
-
-    learning, cache = learning_of(arguments), Cache(arguments["scenes"])
-
-    def build() -> SubjectTrainer:
-        trainer = SubjectTrainer(**miniature.networks(), **miniature.SETTINGS, learning=learning)
-        for path in arguments["start_from"]:
-            start(trainer, path)
-        return trainer
-
-    def evaluate(step: int, folder: Path) -> dict[str, float]:
-        generation_grid(folder / "ema.safetensors", arguments["vae"], folder / f"grid-{step:06d}.png")
-        return {}
-
-    record = {"learning": dataclasses.asdict(learning), "start_from": arguments["start_from"], "scenes": cache.count}
-    train(config, build, cache.batches(arguments["batch"], config.seed), evaluate, **record)
-
-
-def _structure(config: RunConfig, arguments: dict) -> None:
-    from p2p_subject.blip_diffusion import BlipDiffusionPipeline
-    from p2p_subject.loading import miniature_folder
-    from p2p_subject.training import structure
-    from p2p_subject.training.representation import train
-    from p2p_subject.training.scenes import Cache
-
-    folder = arguments["model"] or miniature_folder()
-    pipeline = BlipDiffusionPipeline.from_pretrained(folder)
-    batches = structure.batches(Cache(arguments["scenes"]), arguments["batch"], config.seed)
-    train(config, lambda: structure.StructureTrainer(pipeline), batches, model=folder)
-
-
-def _export(config: None, arguments: dict) -> None:
-    from p2p_subject.training import export
-
-    run, out = arguments["run"], arguments["out"]
-    if arguments["vae"]:
-        export.export(run, arguments["vae"], out)
-    elif arguments["model"]:
-        export.export_onto(run, arguments["model"], out)
-    else:
-        export.export_controlnet(run, arguments["structure"], out)
+    try:
+        stages.run(arguments)
+    except P2PSubjectError as error:
+        parser().exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

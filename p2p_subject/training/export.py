@@ -54,11 +54,16 @@ def export(run: Path, vae_folder: Path, out: Path, dtype: torch.dtype = torch.fl
     (out / SETTINGS).write_text(json.dumps({"guidance_scale": GUIDANCE_SCALE}) + "\n")
 
 
+def with_weights(model: Path, weights: Path) -> BlipDiffusionPipeline:
+    """The pipeline of a model folder with the parts that a run's `ema.safetensors` holds in their place."""
+    pipeline = BlipDiffusionPipeline.from_pretrained(model)
+    start(nn.ModuleDict({name: getattr(pipeline, name) for name in PARTS}), weights)
+    return pipeline
+
+
 def export_onto(run: Path, model: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the averaged weights of a run as a model folder, with all else from the model folder that it began with."""
-    pipeline = BlipDiffusionPipeline.from_pretrained(model)
-    start(nn.ModuleDict({name: getattr(pipeline, name) for name in PARTS}), run / "ema.safetensors")
-    _save(pipeline.to(dtype), out)
+    _save(with_weights(model, run / "ema.safetensors").to(dtype), out)
     if (model / SETTINGS).is_file():
         (out / SETTINGS).write_text((model / SETTINGS).read_text())
 

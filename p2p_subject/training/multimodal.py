@@ -10,7 +10,8 @@ Letters: B rows, Nq queries, T word pieces of a caption, D the Q-Former's width,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
-from p2p_subject.training.loop import Evaluate
+from p2p_subject.training.loop import Batch, Evaluate
+from p2p_subject.training.pictures import CaptionedPictures
 from p2p_subject.training.scenes import caption_pairs
 
 if TYPE_CHECKING:
@@ -191,8 +194,32 @@ def fresh(pretrained: Blip2QFormerModel, pieces: BertTokenizer, bert: Path | Non
     return MultimodalTrainer(qformer, pieces.convert_tokens_to_ids("[DEC]"))
 
 
-def evaluation(build: Callable[[], MultimodalTrainer], pieces: BertTokenizer, count: int = 256) -> Evaluate:
-    """What is told of a run: the tasks on new scenes of known looks ("validation") and on art held out of training."""
+Pairs = dict[str, Callable[[], Iterator[Batch]]]
+"""Sets of pairs to measure on, by name, each as what yields its batches."""
+
+
+def world_pairs(pieces: BertTokenizer, count: int = 256) -> Pairs:
+    """New scenes of known looks ("validation"), and of art held out of training ("new_art")."""
+
+    def of(split: str) -> Iterator[Batch]:
+        for first in range(0, count, 64):
+            yield caption_pairs(pieces, split, range(first, first + 64), [True] * 64)
+
+    return {split: partial(of, split) for split in ("validation", "new_art")}
+
+
+def folder_pairs(dataset: CaptionedPictures, batch: int, count: int = 1024) -> Pairs:
+    """The first pictures of a folder."""
+
+    def of() -> Iterator[Batch]:
+        for first in range(0, min(count, len(dataset)), batch):
+            yield default_collate([dataset[at] for at in range(first, min(first + batch, len(dataset)))])
+
+    return {"validation": of}
+
+
+def evaluation(build: Callable[[], MultimodalTrainer], pairs: Pairs) -> Evaluate:
+    """What is told of a run at its checkpoints: how often the tasks are done right on pairs that it is not trained on."""
 
     @torch.no_grad()
     def evaluate(step: int, folder: Path) -> dict[str, float]:
@@ -201,13 +228,10 @@ def evaluation(build: Callable[[], MultimodalTrainer], pieces: BertTokenizer, co
         figures = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            for split in ("validation", "new_art"):
-                parts = [
-                    trainer(**caption_pairs(pieces, split, range(first, first + 64), [True] * 64))
-                    for first in range(0, count, 64)
-                ]
-                for name in ("recall", "matched", "told"):
-                    figures[f"{split} {name}"] = float(torch.stack([part[name] for part in parts]).mean())
+            for name, batches in pairs.items():
+                parts = [trainer(**batch) for batch in batches()]
+                for task in ("recall", "matched", "told"):
+                    figures[f"{name} {task}"] = float(torch.stack([part[task] for part in parts]).mean())
         return figures
 
     return evaluate

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from p2p_subject.blip_diffusion.pipeline import BlipDiffusionPipeline
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
 from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
+from p2p_subject.errors import ArgumentError
 from p2p_subject.outputs import atomic_write
 from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
@@ -62,7 +63,8 @@ class SubjectLearning:
     category), and a subject that is left out in some rows are the paper's ablations (table 2). `max_snr`, `central`: see
     `Denoising`. `subject_weight`: added to the loss where the subject is. `auxiliary_weight` and `attention_weight`: of the
     auxiliary heads and of the coverage term, which need the labels of the miniature world. `train_image_encoder` is not
-    done by the paper. `checkpointing` spends time to save memory.
+    done by the paper. `checkpointing` spends time to save memory. Raises
+    `ArgumentError` for what cannot be had together.
     """
 
     shares: Shares = field(default_factory=lambda: Shares(0.15, 0.1))
@@ -75,6 +77,11 @@ class SubjectLearning:
     auxiliary_weight: float = 0.0
     attention_weight: float = 0.0
     checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attention_weight and self.checkpointing:
+            # What is computed again on the way back would run without what reads the maps.
+            raise ArgumentError("attention_weight and checkpointing cannot be had together; leave one out")
 
 
 class SubjectTrainer(nn.Module):
@@ -175,7 +182,8 @@ class SubjectTrainer(nn.Module):
         clean = self.clean(pixels, latents)
         emphasis = 1 + learning.subject_weight * mask[:, None] if learning.subject_weight else None
         # At the few hundred pixels of the miniature the explicit form trains a fifth faster on a CPU than the fused kernel.
-        explicit = learning.attention_weight or (clean.device.type == "cpu" and clean.shape[-1] <= 16)
+        small = clean.device.type == "cpu" and clean.shape[-1] <= 16 and not learning.checkpointing
+        explicit = learning.attention_weight or small
         side = mask.shape[-1] if learning.attention_weight else None
         with explicit_attention(self.unet, side) if explicit else nullcontext() as maps:
             loss = self.denoising(lambda noisy, t: self.unet(noisy, t, context).sample, clean, emphasis)
