@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm import tqdm
 
-from inversion import Move, Trajectory, TrajectoryError, require_finite, walk
-from inversion.walk import After, trace
+from inversion import walk
 from p2p_subject import checks, inverting
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
-from p2p_subject.context import stack
-from p2p_subject.controller import self_pixels, steps_of
 from p2p_subject.edits import Blend, EditSpec, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, SubjectError
-from p2p_subject.generating import requests
-from p2p_subject.images import Frame, fit, load_image
+from p2p_subject.gathering import gather
+from p2p_subject.generating import generate, requests, sides
+from p2p_subject.images import fit, load_image
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
-from p2p_subject.preparing import context_of, identities, layout_of, plan, prepare, reader
-from p2p_subject.prompts import require_subject_first, word_and_index
-from p2p_subject.recording import record
+from p2p_subject.preparing import identities, layout_of, plan, prepare
+from p2p_subject.progress import Callback, progress, reporting
+from p2p_subject.prompts import word_and_index
 from p2p_subject.results import EditResult, result_of
-from p2p_subject.sampling import guided
 from p2p_subject.source import Source
 from p2p_subject.structure import Structure
 from p2p_subject.subject import AnySubject, EmbeddedSubject
@@ -43,8 +39,6 @@ DEFAULT_STEPS = 50
 BUDGET = 2 << 30
 """Bytes a recording may take by default: 2 GiB; at 512x512 pixels in half precision, 50 steps need about 1.4."""
 
-T = TypeVar("T")
-Callback = Callable[[int, Tensor], None]
 
 
 class Editor:
@@ -112,44 +106,19 @@ class Editor:
         The steps are DDIM's, which edits need. To sample by another scheduler, with the prompt's strength of BLIP-Diffusion and
         its repetition, call the pipeline, `editor.model.pipeline`.
         """
-        model = self.model
-        model.require_controllable()
+        self.model.require_controllable()
         wanted, several = requests(prompt, subject, seed)
-        structure = Structure.read(control, control_strength)
-        model.require_structure(structure)
-        if structure is not None and size is None:
-            size = fit(structure.picture, multiple=model.multiple, area=model.area)[1].model_size
-        schedule = model.schedule(steps)
-        scale = self.guidance_scale(guidance_scale)
-        layouts = [model.layout(row.prompt, subject=row.subject is not None) for row in wanted]
-        for row, target in zip(wanted, layouts):
-            if row.subject is not None:
-                require_subject_first(target, row.subject.category)
-                model.require_subject(row.subject)
-        noise = self._noise_latents(latents, [row.seed for row in wanted], size)
-        if structure is not None:
-            structure = structure.resized(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
-        maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
-        with model.controlled():
-            negative = model.structured(model.unconditional(negative_prompt), structure)
-            embedded = [None if row.subject is None else model.embed(row.subject) for row in wanted]
-            context = model.structured(stack([model.encode(*pair) for pair in zip(layouts, embedded)]), structure)
-            predict = guided(model.noise, lambda index: negative, context, scale, maps)
-            kept = trace(predict, noise, _progress("generating")(schedule.sampling()), _reporting(callback))
-            images = model.decode(kept[-1])
-        path, attention = torch.stack(kept[::-1], 1), maps.mean().cpu()
-        made = {"guidance_scale": scale, "fingerprint": model.fingerprint, "negative_prompt": negative_prompt}
-        sources = [
-            Source(
-                Trajectory(path[k], schedule, row.prompt, "generated", **made),
-                images[k],
-                Frame(images[k].size, images[k].size),
-                attention[k],
-                embedded[k],
-                structure=structure,
-            )
-            for k, row in enumerate(wanted)
-        ]
+        sources = generate(
+            self.model,
+            wanted,
+            latents=latents,
+            size=size,
+            steps=steps,
+            guidance_scale=self.guidance_scale(guidance_scale),
+            negative_prompt=negative_prompt,
+            structure=Structure.read(control, control_strength),
+            callback=callback,
+        )
         return sources if several else sources[0]
 
     def stylize(
@@ -176,7 +145,7 @@ class Editor:
         if control is None:
             raise ArgumentError("control=None; expected a kind of control picture, such as 'canny', or one that is drawn")
         picture = load_image(structure, what="structure")
-        own = {"area": self.model.area} if size is None else {"size": self._sides(size)}
+        own = {"area": self.model.area} if size is None else {"size": sides(self.model, size)}
         fitted, _ = fit(picture, multiple=self.model.multiple, **own)
         drawn = Structure.read(control, control_strength, of=fitted, size=picture.size).picture
         given = {"control": drawn, "control_strength": control_strength, "size": fitted.size}
@@ -240,7 +209,7 @@ class Editor:
                 maps=MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps),
                 prompt=prompt,
                 fingerprint=model.fingerprint,
-                progress=_progress("inverting"),
+                progress=progress("inverting"),
                 callback=callback,
             )
             trajectory = inverting.METHODS[method](run, **options)
@@ -266,31 +235,16 @@ class Editor:
         steps beyond. `budget` bytes are not exceeded: later steps are left out, with a warning. `device`: where it is kept
         (None: with the model; "cpu" to spare a GPU's memory). `callback(step, latents)` is called when a step begins.
         """
-        model, trajectory = self.model, source.trajectory
-        model.require_controllable()
-        trajectory.require_model(model.fingerprint)
-        model.require_structure(source.structure)
-        if trajectory.replay:
-            inverting.require_recordable(trajectory.method)
-        budget = checks.whole(budget, "budget", 0, "a whole number of bytes, such as 2 << 30")
-        cross_window, own_window = checks.window(cross_replace, "cross_replace"), checks.window(self_replace, "self_replace")
-        if self_resolution is not None:
-            checks.whole(self_resolution, "self_resolution", 1, "1 or more latent pixels, or None")
-        steps, size = trajectory.schedule.steps, tuple(trajectory.latents.shape[-2:])
-        cross, own = steps_of(cross_window, steps).stop, steps_of(own_window, steps).stop
-        height, width = map_size(model.unet, size)
-        pixels, place = self_pixels(self_resolution, size), device or model.device
-        with model.controlled():
-            read = reader(model, trajectory, context_of(model, source), callback)
-            recording = record(read, cross, own, pixels, height * width, budget, place, progress=_progress("recording"))
-        held = (0, 0) if recording is None else (recording.cross_steps, recording.self_steps)
-        if held[0] < cross or held[1] < own:
-            warnings.warn(
-                f"the recording holds cross-attention of {held[0]} of {cross} steps and self-attention of {held[1]} of {own}: "
-                f"no more fits in {budget} bytes; edits run a third U-Net row in the others. Give a larger budget",
-                stacklevel=3,
-            )
-        return dataclasses.replace(source, recording=recording)
+        return gather(
+            self.model,
+            source,
+            checks.window(cross_replace, "cross_replace"),
+            checks.window(self_replace, "self_replace"),
+            self_resolution,
+            checks.whole(budget, "budget", 0, "a whole number of bytes, such as 2 << 30"),
+            device,
+            callback,
+        )
 
     def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "heat") -> list[np.ndarray]:
         """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
@@ -347,10 +301,10 @@ class Editor:
         for prompt in identities(model, source, specs, plans):
             warnings.warn(f"the edit {prompt!r} is the identity: prompt and weights are the source's own", stacklevel=3)
         with model.controlled():
-            run = prepare(model, source, specs, plans, scale, negative_prompt, first, _progress("replaying the source"))
+            run = prepare(model, source, specs, plans, scale, negative_prompt, first, progress("replaying the source"))
             start = run.source.before(first).expand(len(specs), -1, -1, -1)
-            moves = _progress("editing")(schedule.sampling()[first:])
-            latents = walk(run.predict, start, moves, _reporting(callback, run.after), noises=run.source.noises)
+            moves = progress("editing")(schedule.sampling()[first:])
+            latents = walk(run.predict, start, moves, reporting(callback, run.after), noises=run.source.noises)
             images = [None] * len(specs) if output_type == "latent" else model.decode(latents)
         results = [
             result_of(k, run, source, spec, plans[k], latents[k : k + 1], images[k], model.scale_factor, paste)
@@ -414,46 +368,3 @@ class Editor:
         if not checks.is_number(guidance_scale, 0):
             raise ArgumentError(f"guidance_scale={guidance_scale!r}; expected a number of 0 or more, such as 7.5")
         return float(guidance_scale)
-
-    def _noise_latents(self, latents: Tensor | None, seeds: Sequence[int | None], size: tuple[int, int] | None) -> Tensor:
-        model, rows = self.model, len(seeds)
-        channels, factor = model.unet.config.in_channels, model.scale_factor
-        if latents is not None:
-            if latents.ndim != 4 or latents.shape[1] != channels or len(latents) not in (1, rows):
-                wanted = "1" if rows == 1 else f"1 or {rows}"
-                raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected ({wanted}, {channels}, h, w)")
-            latents = require_finite(latents, "latents").to(model.device, torch.float32)
-            return latents.expand(rows, -1, -1, -1)
-        width, height = self._sides(model.size if size is None else size)
-        shape = (1, channels, height // factor, width // factor)
-        # Drawn on the CPU, so that a seed means the same noise on every device, alone or among others.
-        return torch.cat([torch.randn(shape, generator=_generator(seed)) for seed in seeds]).to(model.device)
-
-    def _sides(self, size: Any) -> tuple[int, int]:
-        sides = tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
-        if any(not isinstance(side, int) or side <= 0 or side % self.model.multiple for side in sides):
-            raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {self.model.multiple}")
-        return sides
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    return generator
-
-
-def _reporting(callback: Callback | None, after: After = lambda latents, move: latents) -> After:
-    """`after`, and then the user's callback."""
-
-    def told(latents: Tensor, move: Move) -> Tensor:
-        latents = after(latents, move)
-        if callback is not None:
-            callback(move.index, latents)
-        return latents
-
-    return told
-
-
-def _progress(what: str) -> Callable[[Iterable[T]], Iterable[T]]:
-    # disable=None: silent where stderr is not a terminal; delay: runs under two seconds show nothing.
-    return lambda items: tqdm(items, desc=what, disable=None, delay=2, leave=False)
