@@ -239,10 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|huggingface_hub)\b")
-            from p2p_subject import commands, demo
+            from p2p_subject import commands, demo, generation_commands
             from p2p_subject.errors import P2PSubjectError
 
-            run = demo.command if arguments.command == "demo" else getattr(commands, arguments.command)
+            found = {"demo": demo.command, **{name: getattr(commands, name) for name in ("edit", "heatmap", "info")}}
+            run = found.get(arguments.command) or getattr(generation_commands, arguments.command)
             try:
                 started = time.perf_counter()
                 report, lines = run(arguments)

@@ -6,7 +6,6 @@ Everything that can be wrong is checked before a network runs, and files are wri
 from __future__ import annotations
 
 import platform
-import secrets
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -37,26 +36,21 @@ Report = tuple[dict[str, Any], list[str]]
 """What a program reads (JSON-able), and what a person reads."""
 
 SAVED_SOURCE = (".safetensors",)
-FINETUNING = (
-    "steps", "method", "learning_rate", "batch", "rank", "alpha", "train_embedding", "prompts", "prior_weight", "prior",
-    "checkpoint_every", "seed", "masks",
-)  # fmt: skip
-"""Arguments of `finetune` that `Editor.finetune` takes by the same name."""
 
 
 def edit(arguments: Namespace) -> Report:
     """Edit a picture or a saved source."""
-    targets = _targets(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
+    targets = output_files(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
     blend = _blend(arguments)
     changes = given(arguments, "swap", "cross_replace", "self_replace")
     changes["weights"] = dict(arguments.weight or [])
-    spec = EditSpec(prompt=arguments.target_prompt, subject=_subject(arguments), blend=blend, **changes)
+    spec = EditSpec(prompt=arguments.target_prompt, subject=subject_of(arguments), blend=blend, **changes)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
         raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
     opened, prompt = _open(arguments)
     if arguments.mask is not None:
         load_mask(arguments.mask, getattr(opened, "image", opened).size)
-    control = _control(arguments, opened)
+    control = control_of(arguments, opened)
     editor = load_editor(arguments, _controlled(control, opened))
     source = _invert(editor, arguments, opened, prompt, control, spec)
     result = editor.edit(
@@ -70,7 +64,7 @@ def edit(arguments: Namespace) -> Report:
     pictures = {"image": result.image, "mask": result.mask}
     if "sheet" in targets:
         pictures["sheet"] = edit_sheet(result, source.prompt)
-    outputs = _write(targets, pictures, source)
+    outputs = write_outputs(targets, pictures, source)
     area = None if result.mask is None else mask_area(result.mask)
     report = {
         "outputs": outputs,
@@ -84,139 +78,18 @@ def edit(arguments: Namespace) -> Report:
     return report, [f"{source.prompt!r} -> {result.prompt!r}; {where} was allowed to change", *listed(outputs)]
 
 
-def generate(arguments: Namespace) -> Report:
-    """Generate a picture, of a subject if one is given, or several."""
-    numbered = _numbered(arguments.out, arguments.count)
-    if arguments.count > 1 and arguments.save_source:
-        raise ArgumentError(f"--save-source keeps one generation, --count {arguments.count} was given; leave one out")
-    targets = _targets(source=arguments.save_source, **numbered)
-    subject = _subject(arguments)
-    _choose_seed(arguments)
-    control = _control(arguments)
-    editor = load_editor(arguments, control is not None)
-    sources = _in_batches(
-        editor,
-        [{"prompt": arguments.prompt, "subject": subject, "seed": arguments.seed + k} for k in range(arguments.count)],
-        negative_prompt=arguments.negative_prompt,
-        control=control,
-        **given(arguments, "steps", "guidance_scale", "control_strength"),
-    )
-    return _generated(editor, arguments, sources, targets)
-
-
-def interpolate(arguments: Namespace) -> Report:
-    """Generate a strip of frames from one subject to another, from the same noise."""
-    targets = _targets(image=arguments.out)
-    first, second = _subject(arguments), Subject(arguments.to, arguments.to_category or arguments.category)
-    _choose_seed(arguments)
-    amounts = [k / max(arguments.frames - 1, 1) for k in range(arguments.frames)]
-    mixed = [Subject.mix(first, second, amount, spherical=arguments.spherical) for amount in amounts]
-    editor = load_editor(arguments)
-    prompts = [arguments.prompt.replace("{category}", own.category) for own in mixed]
-    rows = [{"prompt": prompt, "subject": own, "seed": arguments.seed} for prompt, own in zip(prompts, mixed)]
-    options = given(arguments, "steps", "guidance_scale")
-    sources = _in_batches(editor, rows, negative_prompt=arguments.negative_prompt, **options)
-    panels = [(first.category, first.pictures[0])]
-    panels += [(f"{amount:.2f}", source.image) for amount, source in zip(amounts, sources)]
-    panels += [(second.category, second.pictures[0])]
-    sheet = contact_sheet([panels], panel=panel_for(sources[0].image))
-    outputs = _write(targets, {"image": sheet}, None)
-    told = {"outputs": outputs, "prompts": [source.prompt for source in sources], "amounts": amounts}
-    report = told | run_report(editor, arguments, sources[0])
-    return report, [f"{arguments.prompt!r}, seed {arguments.seed}, {len(sources)} frames", *listed(outputs)]
-
-
-def stylize(arguments: Namespace) -> Report:
-    """Generate in the style of one picture along the structure of another."""
-    targets = _targets(image=arguments.out, source=arguments.save_source)
-    style, structure = _subject(arguments), load_image(arguments.structure, what="structure")
-    _choose_seed(arguments)
-    control = _control(arguments, structure)
-    editor = load_editor(arguments, True)
-    source = editor.stylize(
-        structure,
-        style=style,
-        prompt=arguments.prompt,
-        control=control,
-        negative_prompt=arguments.negative_prompt,
-        **given(arguments, "seed", "steps", "guidance_scale", "control_strength"),
-    )
-    return _generated(editor, arguments, [source], targets)
-
-
-def _generated(editor: Editor, arguments: Namespace, sources: Sequence[Source], targets: dict[str, Path]) -> Report:
-    outputs = _write(targets, dict(zip(_numbered("", len(sources)), (source.image for source in sources))), sources[0])
-    report = {"outputs": outputs, "prompt": sources[0].prompt, **run_report(editor, arguments, sources[0])}
-    seeds = f"seed {arguments.seed}" + (f" to {arguments.seed + len(sources) - 1}" if len(sources) > 1 else "")
-    return report, [f"{sources[0].prompt!r}, {seeds}", *listed(outputs)]
-
-
-def _numbered(out: str, count: int) -> dict[str, str]:
-    """Names of the pictures of a command, and the files they go to."""
-    if count == 1:
-        return {"image": out}
-    path = Path(out)
-    return {f"image_{k}": str(path.with_name(f"{path.stem}_{k}{path.suffix}")) if out else "" for k in range(1, count + 1)}
-
-
-def _choose_seed(arguments: Namespace) -> None:
-    """Choose a seed where none was given, here, so that it can be told: any picture can be made again."""
-    if arguments.seed is None:
-        arguments.seed = secrets.randbelow(2**32)
-
-
-AT_ONCE = 4
-"""Pictures of one U-Net call at most, so that memory does not grow with their number."""
-
-
-def _in_batches(editor: Editor, rows: Sequence[dict[str, Any]], **options: Any) -> list[Source]:
-    sources: list[Source] = []
-    for first in range(0, len(rows), AT_ONCE):
-        part = rows[first : first + AT_ONCE]
-        sources += editor.generate(**{name: [row[name] for row in part] for name in part[0]}, **options)
-    return sources
-
-
-def finetune(arguments: Namespace) -> Report:
-    """Learn a subject from the pictures of a folder."""
-    options = given(arguments, *FINETUNING)
-    if not Path(arguments.pictures).is_dir():
-        raise ArgumentError(f"{arguments.pictures!r} is no folder; expected the one that holds the pictures of the subject")
-    validation = arguments.validation
-    if validation is not None and not Path(validation).is_dir():
-        validation = _share(validation)
-    editor = load_editor(arguments)
-    result = editor.finetune(arguments.pictures, arguments.category, validation=validation, out=arguments.out, **options)
-    folder = Path(arguments.out).resolve()
-    measured = [row["validation"] for row in result.history if row["step"] == result.step and "validation" in row]
-    report = {
-        "outputs": {"folder": str(folder)},
-        "category": result.subject.category,
-        "model": editor.model.name,
-        "device": str(editor.model.device),
-        "method": result.settings.method,
-        "steps": result.settings.steps,
-        "kept_step": result.step,
-        "loss": result.history[-1]["loss"],
-        "validation": measured[0] if measured else None,
-        "seed": result.settings.seed,
-    }
-    told = f"learned a {result.subject.category} in {result.step} steps ({result.settings.method}); use it as --model {folder}"
-    return report, [told, *listed(report["outputs"])]
-
-
 def heatmap(arguments: Namespace) -> Report:
     """Show the attention to words of a picture's prompt."""
-    targets = _targets(image=arguments.out)
+    targets = output_files(image=arguments.out)
     opened, prompt = _open(arguments)
-    control = _control(arguments, opened)
+    control = control_of(arguments, opened)
     editor = load_editor(arguments, _controlled(control, opened))
     source = _invert(editor, arguments, opened, prompt, control, words=arguments.words)
     names = [word if isinstance(word, str) else f"{word[0]}#{word[1]}" for word in arguments.words]
     panels = [(f"“{prompt}”", source.image)]
     heats = editor.heatmaps(source, arguments.words, **given(arguments, "rule"))
     panels += [(f"“{name}”", overlay(source.image, heat)) for name, heat in zip(names, heats)]
-    outputs = _write(targets, {"image": contact_sheet([panels], panel=panel_for(source.image))}, source)
+    outputs = write_outputs(targets, {"image": contact_sheet([panels], panel=panel_for(source.image))}, source)
     report = {"outputs": outputs, "prompt": prompt, "words": names, **run_report(editor, arguments, source)}
     return report, [f"{prompt!r}: attention to {', '.join(names)}", *listed(outputs)]
 
@@ -342,7 +215,7 @@ def devices() -> list[str]:
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
-def _targets(**paths: str | None) -> dict[str, Path]:
+def output_files(**paths: str | None) -> dict[str, Path]:
     """The files to write, by name of the output."""
     targets = {
         name: check_target(path, SAVED_SOURCE if name == "source" else IMAGE_FORMATS)
@@ -365,7 +238,7 @@ def require_writable(*folders: Path) -> None:
             raise OutputError(f"cannot write into {str(folder)!r} ({error.strerror or error}); give another folder") from error
 
 
-def _subject(arguments: Namespace) -> AnySubject | None:
+def subject_of(arguments: Namespace) -> AnySubject | None:
     """The subject that is given, or that the model was fine-tuned on; that one only where it has a place."""
     if arguments.subject is not None:
         return Subject(arguments.subject, arguments.category or "")
@@ -376,14 +249,7 @@ def _subject(arguments: Namespace) -> AnySubject | None:
     return stored_subject(Path(arguments.model)) if known else None
 
 
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ArgumentError(f"--validation {text!r} is no folder and no share of the pictures, such as 0.25") from None
-
-
-def _control(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
+def control_of(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
     """The control picture that the arguments name, or the kind of it that is to be made from the picture `opened`."""
     names = ("control", "control_strength") if isinstance(opened, Source) else ("control_strength", "controlnet")
     left = " and ".join(f"--{name.replace('_', '-')}" for name in given(arguments, *names))
@@ -456,7 +322,7 @@ def _invert(
     return editor.invert(opened, prompt, control=control, **given(arguments, "steps", "method", "control_strength"))
 
 
-def _write(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:
+def write_outputs(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:
     """Write every output that was asked for; returns the paths by name."""
     for name, path in targets.items():
         if name == "source":

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
-from p2p_subject import cli, commands, demo, editor, inverting
+from p2p_subject import cli, commands, demo, generation_commands, inverting, progress
 from p2p_subject.edits import Blend, EditSpec
 from p2p_subject.training import world
 
@@ -123,7 +123,7 @@ class TestEdit:
                 return self.editor.edit(source, spec, **options)
 
         load = commands.load_editor
-        monkeypatch.setattr(commands, "load_editor", lambda arguments: Recorder(load(arguments)))
+        monkeypatch.setattr(commands, "load_editor", lambda *arguments: Recorder(load(*arguments)))
         options = ("--cross-replace", "0.2,0.9", "--self-replace", "0.1", "--threshold", "0.5", "--rule", "peak", "--no-paste")
         shell.report(*SWAP, *options, "--guidance-scale", "2", "--negative-prompt", "a tree")
         assert (seen["spec"].cross_replace, seen["spec"].self_replace) == ((0.2, 0.9), (0.0, 0.1))
@@ -140,8 +140,8 @@ class TestEdit:
 
     @pytest.mark.parametrize("terminal", [False, True])
     def test_progress_shows_on_a_terminal_only(self, shell, monkeypatch, terminal):
-        bar = editor.tqdm
-        monkeypatch.setattr(editor, "tqdm", lambda *given, **options: bar(*given, **(options | {"delay": 0})))
+        bar = progress.tqdm
+        monkeypatch.setattr(progress, "tqdm", lambda *given, **options: bar(*given, **(options | {"delay": 0})))
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
         code, _, err = shell(*SWAP)
         assert code == 0 and ("inverting" in err and "editing" in err if terminal else err == "")
@@ -277,7 +277,8 @@ class TestMistakes:
 
         # Simulated, because a superuser may write nearly anywhere.
         monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-        monkeypatch.setattr(commands, "load_editor", lambda *_: pytest.fail("a model was loaded"))
+        for module in (commands, generation_commands):
+            monkeypatch.setattr(module, "load_editor", lambda *_: pytest.fail("a model was loaded"))
         (shell.folder / "locked").mkdir()
         command = {"edit": SWAP, "generate": ("generate", "a dog", "--out", "{tmp}/out.png")}[name]
         code, _, err = shell(*command, "--save-source", "{tmp}/locked/a.safetensors")
