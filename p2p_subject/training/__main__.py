@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     _run_arguments(structure, steps=1600, batch=32, rate=5e-4, decay_from=0.5)
     structure.add_argument("--scenes", type=Path, required=True, help="folder written by the stage `scenes`")
     structure.add_argument("--model", type=Path, help="model folder that it shall steer (default: the miniature)")
+    about = "ema.safetensors of a run of this stage to begin with"
+    structure.add_argument("--start-from", type=Path, action="append", default=[], metavar="PATH", help=about)
 
     export = stages.add_parser("export", help="write a run as a model folder in the official layout")
     export.add_argument("--run", type=Path, required=True)

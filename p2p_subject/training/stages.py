@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file
 
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
 from p2p_subject.errors import ArgumentError
@@ -170,7 +171,14 @@ def _structure(arguments: Namespace) -> None:
     config, folder = _config(arguments), arguments.model or miniature_folder()
     pipeline = BlipDiffusionPipeline.from_pretrained(folder)
     batches = structure.batches(scenes.Cache(arguments.scenes), arguments.batch, config.seed)
-    train(config, lambda: structure.StructureTrainer(pipeline), batches, model=folder)
+
+    def build() -> structure.StructureTrainer:
+        trainer = structure.StructureTrainer(pipeline)
+        for path in arguments.start_from:
+            trainer.load_state_dict(load_file(path))
+        return trainer
+
+    train(config, build, batches, model=folder, start_from=arguments.start_from)
 
 
 def _export(arguments: Namespace) -> None:

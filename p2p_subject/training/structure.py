@@ -1,8 +1,8 @@
 """The miniature's ControlNet: the U-Net's copy that reads edges (Zhang et al. 2023), trained on edges of the world's scenes.
 
 The model that it steers is frozen. Captions and subjects are left out more often than elsewhere, since what the words do not
-say has to be read off the edges. Edges come at random scales and thresholds, of whole scenes and of subjects alone on a plain
-ground, so that a user's edges, whatever made them, are of a kind that was seen.
+say has to be read off the edges. Edges come at random thresholds and blurs, of whole scenes and of subjects alone on a plain
+ground, some as scribbles, so that a user's edges, whatever made them, are of a kind that was seen.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from diffusers import ControlNetModel
-from skimage.feature import canny
 from torch import Tensor, nn
 
 from p2p_subject.blip_diffusion.pipeline import BlipDiffusionPipeline
+from p2p_subject.control_images import control_image
 from p2p_subject.training import world
 from p2p_subject.training.loop import Batch, Batches
 from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt
@@ -24,6 +24,8 @@ EMBEDDING = (16, 32, 64)
 SHARES = Shares(caption_only=0.35, neither=0.3)
 ALONE = 0.35
 """Share of the scenes whose edges are those of the subject without its ground."""
+DRAWN = 0.15
+"""Share of the scenes that are given as a scribble instead of thin edges."""
 
 
 class StructureTrainer(nn.Module):
@@ -77,22 +79,20 @@ class StructureTrainer(nn.Module):
         return {"loss": frozen.denoising(predict, latents, 1 + mask[:, None])}
 
 
-def edges_of(picture: np.ndarray, sigma: float, low: float, high: float) -> np.ndarray:
-    """Canny edges of (S, S, 3) uint8, white on black: (3, S, S) float32, 0 or 1."""
-    grey = picture.astype(np.float32) @ np.float32((0.299, 0.587, 0.114)) / 255
-    found = canny(grey, sigma, low, high)
-    return np.broadcast_to(found.astype(np.float32), (3, *found.shape))
-
-
 def drawn_edges(index: int, rng: np.random.Generator) -> np.ndarray:
-    """Edges of training scene `index` at a random scale, of all of it or of its subject alone."""
+    """Edges (3, S, S) float32 in [0, 1] of training scene `index` at random thresholds, of all of it or of its subject alone."""
     scene = world.draw(world.sample("train", index))
     picture = scene.image
     if rng.random() < ALONE:
         ground = np.float32(rng.choice((0.0, 128.0, 255.0)))
         picture = np.rint(ground + scene.alpha[..., None] * (picture - ground)).astype(np.uint8)
-    low = rng.uniform(0.03, 0.15)
-    return edges_of(picture, float(rng.uniform(0.6, 2.0)), low, float(low + rng.uniform(0.05, 0.15)))
+    if rng.random() < DRAWN:
+        found = control_image(picture, "scribble")
+    else:
+        low = float(rng.uniform(60, 140))
+        blur = float(rng.choice((0.0, 0.0, rng.uniform(0.5, 1.2))))
+        found = control_image(picture, "canny", low=low, high=low + float(rng.uniform(40, 140)), sigma=blur)
+    return np.asarray(found, np.float32).transpose(2, 0, 1) / 255
 
 
 def batches(cache: Cache, size: int, seed: int) -> Batches:
