@@ -5,7 +5,7 @@
 Structure: the edges of a test scene and its caption, with and without the ControlNet, from the same noise. Told are how well
 the edges of the result are the given ones (F1, an edge within one pixel counts), and whether the judge sees the caption's
 category. Style: the same, with the subject of another scene, of another category and in a held-out hue, as the style; told is
-whether the result is of the structure's category in the style's hue. The autoencoder's reconstruction of the scene is the ceiling.
+whether the result is of the structure's category in the style's hue. The autoencoder's reconstruction is the ceiling.
 """
 
 from __future__ import annotations

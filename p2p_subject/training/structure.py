@@ -80,7 +80,7 @@ class StructureTrainer(nn.Module):
 
 
 def drawn_edges(index: int, rng: np.random.Generator) -> np.ndarray:
-    """Edges (3, S, S) float32 in [0, 1] of training scene `index` at random thresholds, of all of it or of its subject alone."""
+    """Edges (3, S, S) float32 in [0, 1] of training scene `index`, at random thresholds, of all of it or its subject alone."""
     scene = world.draw(world.sample("train", index))
     picture = scene.image
     if rng.random() < ALONE:
