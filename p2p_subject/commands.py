@@ -25,7 +25,7 @@ from p2p_subject.images import load_image, load_mask
 from p2p_subject.outputs import IMAGE_FORMATS, check_target, save_image
 from p2p_subject.prompts import describe
 from p2p_subject.source import Source
-from p2p_subject.structure import Structure
+from p2p_subject.structure import EDGES, Structure
 from p2p_subject.subject import AnySubject
 from p2p_subject.viz import contact_sheet, edit_sheet, mask_area, overlay, panel_for
 
@@ -51,7 +51,7 @@ def edit(arguments: Namespace) -> Report:
     if arguments.mask is not None:
         load_mask(arguments.mask, getattr(opened, "image", opened).size)
     control = control_of(arguments, opened)
-    editor = load_editor(arguments, _controlled(control, opened))
+    editor = load_editor(arguments)
     source = _invert(editor, arguments, opened, prompt, control, spec)
     result = editor.edit(
         source,
@@ -83,7 +83,7 @@ def heatmap(arguments: Namespace) -> Report:
     targets = output_files(image=arguments.out)
     opened, prompt = _open(arguments)
     control = control_of(arguments, opened)
-    editor = load_editor(arguments, _controlled(control, opened))
+    editor = load_editor(arguments)
     source = _invert(editor, arguments, opened, prompt, control, words=arguments.words)
     names = [word if isinstance(word, str) else f"{word[0]}#{word[1]}" for word in arguments.words]
     panels = [(f"“{prompt}”", source.image)]
@@ -186,13 +186,9 @@ def run_report(editor: Editor, arguments: Namespace, source: Source) -> dict[str
     return report
 
 
-def load_editor(arguments: Namespace, controlled: bool = False) -> Editor:
-    """Load the model that the arguments name onto the device that they name.
-
-    `controlled`: a control picture is there; the miniature then comes with its own ControlNet unless another is named.
-    """
+def load_editor(arguments: Namespace) -> Editor:
+    """Load the model that the arguments name onto the device that they name."""
     # diffusers takes seconds to import; what can be checked before has been.
-    from p2p_subject.controlnets import EDGES
     from p2p_subject.editor import Editor
 
     name, available = arguments.device, devices()
@@ -201,10 +197,7 @@ def load_editor(arguments: Namespace, controlled: bool = False) -> Editor:
     if arguments.model is None:
         # The miniature's layers are too small to share among threads: where a core is busy, waiting for it takes minutes.
         torch.set_num_threads(1)
-    controlnet = getattr(arguments, "controlnet", None)
-    if controlnet is None and controlled and arguments.model is None:
-        controlnet = EDGES
-    options = {} if controlnet is None else {"controlnet": controlnet}
+    options = given(arguments, "controlnet") if "controlnet" in arguments else {}
     place = available[0] if name is None else name
     return Editor.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), device=place, **options)
 
@@ -250,24 +243,25 @@ def subject_of(arguments: Namespace) -> AnySubject | None:
 
 
 def control_of(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
-    """The control picture that the arguments name, or the kind of it that is to be made from the picture `opened`."""
+    """The control picture that the arguments name, or the kind of it that is to be made from the picture `opened`.
+
+    Where a ControlNet will be needed and none is named, that of the miniature is, on the miniature.
+    """
     names = ("control", "control_strength") if isinstance(opened, Source) else ("control_strength", "controlnet")
     left = " and ".join(f"--{name.replace('_', '-')}" for name in given(arguments, *names))
     if left and isinstance(opened, Source):
         raise ArgumentError(f"a saved source keeps to the structure that it was made with; leave {left} out")
     if left and arguments.control is None:
-        raise ArgumentError(f"{left} was given without a control picture; add --control KIND|FILE, or leave it out")
+        raise ArgumentError(f"{left} without a control picture; add --control KIND|FILE, or leave out")
+    needed = arguments.control is not None or getattr(opened, "structure", None) is not None
+    if needed and arguments.model is None and arguments.controlnet is None:
+        arguments.controlnet = EDGES
     if arguments.control is None or (opened is not None and arguments.control in KINDS):
         return arguments.control
     kind, _, file = arguments.control.partition(":")
     if file and kind in KINDS:
         return control_image(load_image(file, what="control"), kind)
     return Structure.read(arguments.control, 1, size=getattr(opened, "size", None)).picture
-
-
-def _controlled(control: Any, opened: Image.Image | Source) -> bool:
-    """Whether a ControlNet will be needed: for a control picture, or for the structure of a saved source."""
-    return control is not None or getattr(opened, "structure", None) is not None
 
 
 def _blend(arguments: Namespace) -> Blend | None:

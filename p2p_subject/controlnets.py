@@ -13,9 +13,8 @@ from torch import Tensor
 from p2p_subject.blip_diffusion.loading import LoadOptions, load_diffusers_model
 from p2p_subject.blip_diffusion.weights import read_json
 from p2p_subject.errors import ImageError, ModelError
+from p2p_subject.structure import EDGES
 
-EDGES = "edges"
-"""Name of the ControlNet on edges that comes with the library, for the miniature."""
 _DOWNLOADED = ["config.json", "diffusion_pytorch_model.safetensors*", "diffusion_pytorch_model-*.safetensors"]
 
 

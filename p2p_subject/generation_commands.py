@@ -45,7 +45,7 @@ def generate(arguments: Namespace) -> Report:
     subject = subject_of(arguments)
     _choose_seed(arguments)
     control = control_of(arguments)
-    editor = load_editor(arguments, control is not None)
+    editor = load_editor(arguments)
     sources = _in_batches(
         editor,
         [{"prompt": arguments.prompt, "subject": subject, "seed": arguments.seed + k} for k in range(arguments.count)],
@@ -84,7 +84,7 @@ def stylize(arguments: Namespace) -> Report:
     style, structure = subject_of(arguments), load_image(arguments.structure, what="structure")
     _choose_seed(arguments)
     control = control_of(arguments, structure)
-    editor = load_editor(arguments, True)
+    editor = load_editor(arguments)
     source = editor.stylize(
         structure,
         style=style,

@@ -19,14 +19,14 @@ from p2p_subject.attention import controlled_attention
 from p2p_subject.blip_diffusion.weights import read_json
 from p2p_subject.context import Context
 from p2p_subject.controller import StepControl
-from p2p_subject.controlnets import EDGES, residuals
+from p2p_subject.controlnets import residuals
 from p2p_subject.errors import ArgumentError, ModelError, SubjectError
 from p2p_subject.finetuning.stored import is_finetuned
 from p2p_subject.fingerprint import fingerprint
 from p2p_subject.images import to_tensor
 from p2p_subject.loading import find_model, load_pipeline, miniature_folder
 from p2p_subject.outputs import to_pil
-from p2p_subject.structure import Structure
+from p2p_subject.structure import EDGES, Structure
 from p2p_subject.subject import AnySubject, EmbeddedSubject
 from p2p_subject.supported import bare, require_editable, unsupported
 from p2p_subject.tokens import TokenLayout, layout

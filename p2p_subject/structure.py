@@ -16,6 +16,8 @@ from p2p_subject.control_images import KINDS, control_image
 from p2p_subject.errors import ArgumentError, ImageError, did_you_mean
 from p2p_subject.images import load_image, to_tensor
 
+EDGES = "edges"
+"""Name of the ControlNet on edges that comes with the library, for the miniature."""
 PROPORTION = 0.02
 """How far, as a share, the proportions of a control picture may lie from those of the picture it belongs to."""
 
@@ -88,7 +90,8 @@ class Structure:
         import numpy as np
         import torch
 
-        return {"control": torch.from_numpy(np.array(self.picture)), "control_strength": torch.tensor(self.strength).double()}
+        strength = torch.tensor(self.strength, dtype=torch.float64)
+        return {"control": torch.from_numpy(np.array(self.picture)), "control_strength": strength}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], size: tuple[int, int], name: str) -> Structure | None:

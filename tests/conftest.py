@@ -50,3 +50,15 @@ def miniature_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = folder / "model"
     export.export(folder / "parts", folder / "parts" / "vae", model, torch.float32)
     return model
+
+
+@pytest.fixture(scope="session")
+def edges_folder(miniature_folder: Path) -> Path:
+    """A ControlNet with random weights in the sizes of the miniature's own: four pixels a side of a latent."""
+    from diffusers import UNet2DConditionModel
+    from tiny_pipelines import controlnet
+
+    folder = miniature_folder.parent / "edges"
+    unet = UNet2DConditionModel.from_pretrained(miniature_folder / "unet")
+    controlnet(unet, halvings=2).half().save_pretrained(folder)
+    return folder

@@ -153,6 +153,79 @@ class TestEdit:
         assert first.startswith("'a cat on grass' -> 'a dog on grass'; ") and files == [f"image: {shell.folder / 'out.png'}"]
 
 
+class TestControl:
+    """A control picture, or the kind of it; the miniature's own ControlNet unless another is named."""
+
+    @pytest.fixture
+    def control(self, edges_folder) -> tuple[str, ...]:
+        return ("--controlnet", str(edges_folder), "--steps", "1", "--out", "{tmp}/out.png")
+
+    def test_edit_under_the_structure_of_the_picture_and_again_from_the_saved_source(self, shell, control):
+        edit = ("--target-prompt", "a dog on grass", *control)
+        first = ("edit", "{scene}", "--prompt", "a cat on grass", "--control", "canny", "--control-strength", "0.5")
+        report = shell.report(*first, "--save-source", "{tmp}/s.safetensors", *edit)
+        assert report["control_strength"] == 0.5
+        pixels = (shell.folder / "out.png").read_bytes()
+        assert shell.report("edit", "{tmp}/s.safetensors", *edit)["control_strength"] == 0.5
+        assert (shell.folder / "out.png").read_bytes() == pixels
+        shell.report("heatmap", "{tmp}/s.safetensors", "--words", "cat", *control)
+        code, _, err = shell("edit", "{tmp}/s.safetensors", "--control", "canny", *edit)
+        assert code == 2 and "keeps to the structure that it was made with; leave --control out" in err
+
+    def test_generate_along_a_drawing_or_one_made_from_a_picture(self, shell, control):
+        from p2p_subject import control_image
+
+        control_image(Image.open(shell.paths["scene"]), "canny").save(shell.folder / "edges.png")
+        made = []
+        for given in ("{tmp}/edges.png", "canny:{scene}", "scribble:{scene}"):
+            shell.report("generate", "a dog", "--seed", "3", "--control", given, *control)
+            made.append((shell.folder / "out.png").read_bytes())
+        assert made[0] == made[1] != made[2]
+
+    def test_stylize(self, shell, control):
+        style = ("--style", "{dog0}", "--style", "{dog1}", "--category", "dog", "--prompt", "a bell on sand", "--seed", "1")
+        report = shell.report("stylize", "{scene}", *style, *control)
+        assert (report["command"], report["prompt"], report["control_strength"]) == ("stylize", "a bell on sand", 1.0)
+        first = (shell.folder / "out.png").read_bytes()
+        shell.report("stylize", "{scene}", *style, "--control", "scribble", "--control-strength", "2", *control)
+        assert (shell.folder / "out.png").read_bytes() != first
+        code, _, err = shell("stylize", "{scene}", "--style", "{dog0}", "--prompt", "a bell", *control)
+        assert code == 2 and "--category" in err
+
+    def test_the_miniature_has_its_own(self, shell, control, miniature_folder, edges_folder, monkeypatch):
+        monkeypatch.setattr("p2p_subject.loading.miniature_folder", lambda: miniature_folder)
+        monkeypatch.setattr("p2p_subject.models.miniature_folder", lambda: miniature_folder)
+        monkeypatch.setattr("p2p_subject.controlnets.edges_folder", lambda: edges_folder)
+        scene, out = shell.paths["scene"], str(shell.folder / "own.png")
+        common = ("--control", f"canny:{scene}", "--seed", "3", "--steps", "1", "--out", out)
+        assert cli.main(["generate", "a dog", *common]) == 0
+        shell.capsys.readouterr()
+        shell.report("generate", "a dog", "--seed", "3", "--control", "canny:{scene}", *control)
+        assert (shell.folder / "own.png").read_bytes() == (shell.folder / "out.png").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("generate", "a dog", "--controlnet", "x"), "--controlnet without a control picture; add"),
+            (("generate", "a", "--control-strength", "1", "--controlnet", "x"), "--control-strength and --controlnet without"),
+            (("generate", "a dog", "--control", "canny"), "no picture to make it from"),
+            (("generate", "a dog", "--control", "cany"), "Did you mean 'canny'?"),
+            (("generate", "a dog", "--control", "canny:nowhere.png"), "there is no such file"),
+            (("generate", "a dog", "--control", "depth:{scene}"), "neither of file and model"),
+            (("generate", "a dog", "--control-strength", "-1"), "--control-strength: '-1'; expected a number of 0 or more"),
+            (("stylize", "no.png", "--style", "{dog0}", "--category", "dog", "--prompt", "a bell"), "structure 'no.png'"),
+        ],
+    )
+    def test_what_is_wrong_is_said_before_a_model_is_loaded(self, shell, monkeypatch, arguments, message):
+        monkeypatch.setattr(commands, "load_editor", lambda *_: pytest.fail("a model was loaded"))
+        code, _, err = shell(*arguments, "--out", "{tmp}/out.png")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+    def test_a_model_without_a_controlnet_says_so(self, shell):
+        code, _, err = shell("generate", "a dog", "--control", "{scene}", "--out", "{tmp}/out.png")
+        assert code == 2 and "carries no ControlNet" in err
+
+
 class TestOtherCommands:
     def test_generate_reproduces_bit_for_bit_from_the_seed_it_tells(self, shell):
         generate = ("generate", "a dog on grass", "--subject", "{dog0}", "--category", "dog", "--steps", "2")

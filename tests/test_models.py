@@ -101,7 +101,8 @@ def test_parts_can_be_replaced_and_unknown_options_are_named(folders) -> None:
 
 
 @pytest.mark.parametrize(
-    "found", ["StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline", "FluxPipeline", ["mine", "Own"], None]
+    "found",
+    ["StableDiffusionInpaintPipeline", "StableDiffusionControlNetImg2ImgPipeline", "FluxPipeline", ["mine", "Own"], None],
 )
 def test_other_pipelines_are_refused_by_name(folder, found) -> None:
     change_json(folder / "model_index.json", _class_name=found)
@@ -437,11 +438,11 @@ def test_other_networks_and_missing_ones_are_refused() -> None:
         ("text_encoder", None, "text_encoder: nothing given; expected CLIPTextModel"),
         ("tokenizer", None, "tokenizer: nothing given; expected CLIPTokenizer"),
         ("unet", stable_diffusion_1().vae, "unet: AutoencoderKL given; expected UNet2DConditionModel"),
-        ("controlnet", object(), None),
+        ("controlnet", object(), "controlnet: object given; expected one ControlNetModel"),
     ):
         pipeline = stable_diffusion_1()
         setattr(pipeline, part, value)
-        with pytest.raises(HookError if message is None else ModelError, match=message or "ControlNet"):
+        with pytest.raises(ModelError, match=message):
             Model.of(pipeline)
 
 
