@@ -263,7 +263,7 @@ class Model:
         return to_epsilon(output.float(), latents, move.alpha_t, self.pipeline.scheduler.config.prediction_type)
 
     @torch.no_grad()
-    def trace(self, latents: Tensor, timesteps: Tensor, context: Context, control: StepControl) -> None:
+    def read(self, latents: Tensor, timesteps: Tensor, context: Context, control: StepControl) -> None:
         """One U-Net call for what `control` reads of its attention alone; rows (R, C, h, w) may differ in timestep (R,)."""
         self._call(latents, timesteps.to(latents.device), context, control)
 

@@ -50,7 +50,7 @@ def reader(
             callback(index, latents.before(index))
         rows = torch.cat([latents.before(index) for index in steps])
         timesteps = torch.tensor([trajectory.schedule.timesteps[index] for index in steps])
-        model.trace(rows, timesteps, context.expand(len(steps)), control)
+        model.read(rows, timesteps, context.expand(len(steps)), control)
 
     return read
 
