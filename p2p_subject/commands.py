@@ -20,7 +20,7 @@ from p2p_subject import __version__
 from p2p_subject.control_images import KINDS, control_image
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
-from p2p_subject.finetuning.stored import is_finetuned, stored_subject
+from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
 from p2p_subject.outputs import IMAGE_FORMATS, check_target, save_image
 from p2p_subject.prompts import describe
@@ -190,11 +190,13 @@ def load_editor(arguments: Namespace) -> Editor:
     """Load the model that the arguments name onto the device that they name."""
     # diffusers takes seconds to import; what can be checked before has been.
     from p2p_subject.editor import Editor
+    from p2p_subject.models import MINIATURE
 
     name, available = arguments.device, devices()
     if name is not None and name not in available and f"{name}:0" not in available:
         raise ModelError(f"--device {name!r} is not here; available: {', '.join(available)}")
-    if arguments.model is None:
+    tuned = arguments.model is not None and is_finetuned(arguments.model)
+    if arguments.model is None or (tuned and base_name(Path(arguments.model)) == MINIATURE):
         # The miniature's layers are too small to share among threads: where a core is busy, waiting for it takes minutes.
         torch.set_num_threads(1)
     options = given(arguments, "controlnet") if "controlnet" in arguments else {}

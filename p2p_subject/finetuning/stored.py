@@ -37,6 +37,14 @@ def read_finetuned(folder: Path) -> dict[str, Any]:
     return values
 
 
+def base_name(folder: Path) -> str:
+    """The name of the model that this one was made from. Raises `ModelError`."""
+    base = read_finetuned(folder).get("base")
+    if not isinstance(base, dict) or not isinstance(base.get("name"), str):
+        raise ModelError(f"{folder / FINETUNED} names no base model; save the fine-tuned model again")
+    return base["name"]
+
+
 def stored_subject(folder: Path) -> EmbeddedSubject:
     """The subject of a fine-tuned folder, without its model. Raises `ModelError`."""
     values = read_finetuned(folder)
