@@ -23,6 +23,7 @@ def test_the_command_line_offers_every_inversion_method() -> None:
     assert list(cli.METHODS) == list(inverting.METHODS)
 
 
+COMMANDS = ("edit", "generate", "interpolate", "stylize", "finetune", "heatmap", "demo", "info")
 HEAVY = ("torch", "diffusers", "transformers", "scipy", "numpy", "PIL")
 
 
@@ -437,7 +438,7 @@ class TestDevices:
 class TestProcess:
     @pytest.mark.parametrize(
         "arguments",
-        [["--version"], ["--help"], *([name, "--help"] for name in ("edit", "generate", "finetune", "heatmap", "demo", "info"))],
+        [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)],
     )
     def test_help_imports_nothing_heavy(self, arguments):
         code = (
