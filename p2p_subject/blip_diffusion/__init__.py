@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from p2p_subject.blip_diffusion.controlnet import BlipDiffusionControlNetPipeline
     from p2p_subject.blip_diffusion.image_processor import BlipImageProcessor
     from p2p_subject.blip_diffusion.pipeline import BlipDiffusionPipeline
+    from p2p_subject.blip_diffusion.presets import PAPER, RELEASED
     from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
     from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
 
 __all__ = [
+    "PAPER",
+    "RELEASED",
     "Blip2QFormerConfig",
     "Blip2QFormerModel",
     "BlipDiffusionControlNetPipeline",
@@ -35,6 +38,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "PAPER": "presets",
+    "RELEASED": "presets",
     "Blip2QFormerConfig": "config",
     "Blip2QFormerModel": "qformer",
     "BlipDiffusionControlNetPipeline": "controlnet",
