@@ -82,10 +82,12 @@ class DreamBench(Suite):
     kinds = ("object", "live")
     needs_subjects = True
     axes = Axes("dino", "clip_t")
+    headline = ("dino", "clip_i", "clip_t", "rows", "seconds")
+    pooled = True
     measures = (
-        Measure("dino", "DINO: cosine with the real pictures of the subject"),
-        Measure("clip_i", "CLIP-I: cosine with the real pictures of the subject"),
-        Measure("clip_t", "CLIP-T: cosine with the prompt"),
+        Measure("dino", "DINO", about="cosine with the real pictures of the subject"),
+        Measure("clip_i", "CLIP-I", about="cosine with the real pictures of the subject"),
+        Measure("clip_t", "CLIP-T", about="cosine with the prompt"),
         *COSTS,
     )
 

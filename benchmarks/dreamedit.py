@@ -43,11 +43,12 @@ class DreamEditBench(Suite):
     kinds = ("swap",)
     needs_subjects = True
     axes = Axes("dino_subject", "dino_background")
+    headline = ("dino_subject", "dino_background", "clip_i_subject", "clip_i_background", "rows", "seconds")
     measures = (
-        Measure("dino_subject", "DINO: cosine with the real pictures of the subject"),
-        Measure("dino_background", "DINO: cosine with the source"),
-        Measure("clip_i_subject", "CLIP-I: cosine with the real pictures of the subject"),
-        Measure("clip_i_background", "CLIP-I: cosine with the source"),
+        Measure("dino_subject", "DINO subject", about="cosine with the real pictures of the subject"),
+        Measure("dino_background", "DINO background", about="cosine with the source"),
+        Measure("clip_i_subject", "CLIP-I subject", about="cosine with the real pictures of the subject"),
+        Measure("clip_i_background", "CLIP-I background", about="cosine with the source"),
         *COSTS,
     )
 

@@ -71,21 +71,31 @@ class PieBench(Suite):
     name = "pie"
     kinds = tuple(KINDS.values())
     axes = Axes("clip_whole", "published_psnr")
+    headline = (
+        "published_structure",
+        "published_psnr",
+        "published_lpips",
+        "published_mse",
+        "published_ssim",
+        "clip_whole",
+        "published_clip_edited",
+    )
+    pooled = True
     measures = (
-        Measure("published_structure", "structure distance x 10^3, as published", False, scale=1e3),
-        Measure("published_psnr", "background PSNR, as published", unit="dB"),
-        Measure("published_lpips", "background LPIPS x 10^3, as published", False, scale=1e3),
-        Measure("published_mse", "background MSE x 10^4, as published", False, scale=1e4),
-        Measure("published_ssim", "background SSIM x 10^2, as published", scale=100),
-        Measure("clip_whole", "CLIP score of the whole picture"),
-        Measure("published_clip_edited", "CLIP score of the edited region, the rest black, as published"),
-        Measure("structure", "structure distance x 10^3, pixels in [0, 1]", False, scale=1e3),
-        Measure("psnr", "background PSNR over the background's area", unit="dB"),
-        Measure("lpips", "background LPIPS x 10^3 over the background's area", False, scale=1e3),
-        Measure("mse", "background MSE x 10^4 over the background's area", False, scale=1e4),
-        Measure("ssim", "background SSIM x 10^2 over the background's area", scale=100),
-        Measure("clip_edited", "CLIP score of the edited region's box, nothing black"),
-        Measure("mask_iou", "IoU of the mask with the annotated region", failed=0.0),
+        Measure("published_structure", "published structure x 10^3", False, scale=1e3, about="of pixels up to 255"),
+        Measure("published_psnr", "published PSNR", unit="dB", about="of the background; the edited region counts as no error"),
+        Measure("published_lpips", "published LPIPS x 10^3", False, scale=1e3, about="of the background, SqueezeNet"),
+        Measure("published_mse", "published MSE x 10^4", False, scale=1e4, about="as PSNR"),
+        Measure("published_ssim", "published SSIM x 10^2", scale=100, about="of the background over the whole frame"),
+        Measure("clip_whole", "CLIP whole", about="score of picture and target prompt, ViT-L/14"),
+        Measure("published_clip_edited", "published CLIP edited", about="the same with all but the edited region black"),
+        Measure("structure", "structure x 10^3", False, scale=1e3, about="pixels in [0, 1]"),
+        Measure("psnr", "PSNR", unit="dB", about="over the background's own area, as the next three"),
+        Measure("lpips", "LPIPS x 10^3", False, scale=1e3),
+        Measure("mse", "MSE x 10^4", False, scale=1e4),
+        Measure("ssim", "SSIM x 10^2", scale=100),
+        Measure("clip_edited", "CLIP edited", about="of the edited region's box, nothing black"),
+        Measure("mask_iou", "mask IoU", failed=0.0, about="with the annotated region"),
         *COSTS,
     )
 

@@ -3,9 +3,9 @@
     python -m benchmarks.run --suite world --methods ours,direct+p2p --out runs/x
     python -m benchmarks.report runs/x
 
-The same command goes on where a killed run stopped; more methods, kinds or cases may be added to a folder, other settings not. A
-case that raises an error is a row with its error, and counts as failed. Methods: see `benchmarks.methods`; several devices and
-processes share the work.
+The same command goes on where a killed run stopped; more methods, kinds or cases may be added to a folder, other settings not.
+A case that raises an error is a row with its error, and counts as failed. Methods: see `benchmarks.methods`; several devices
+and processes share the work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.method_names import applies, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
-from benchmarks.run_folder import Row, RunFolder, read_rows
+from benchmarks.run_folder import ROWS, Row, RunFolder, read_rows
 from benchmarks.suite import Options, Suite
 from benchmarks.suites import SUITES, open_suite
 from benchmarks.worker import Settings, Worker, begin, require_possible, work
@@ -39,7 +39,8 @@ def plan(suite: Suite, methods: Mapping[str, MethodFunction]) -> list[Task]:
     Cases of one kind are alike in what they hold, so the first says which methods are asked for them.
     """
     ids = suite.ids()
-    asked = {kind: [name for name, method in methods.items() if applies(method, suite.case(own[0]))] for kind, own in ids.items()}
+    first = {kind: suite.case(own[0]) for kind, own in ids.items()}
+    asked = {kind: [name for name, method in methods.items() if applies(method, case)] for kind, case in first.items()}
     longest = max(map(len, ids.values()), default=0)
     return [
         (name, kind, own[at]) for at in range(longest) for kind, own in ids.items() if at < len(own) for name in asked[kind]
@@ -99,7 +100,8 @@ def preview(settings: Settings) -> str:
     """What a run would do, as text: cases and methods by kind, and how much of it the folder holds. Loads no model."""
     suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
     tasks = plan(suite, methods)
-    held = {(row["method"], row["case"]) for row in read_rows(settings.out)} if (settings.out / "rows.jsonl").exists() else set()
+    rows = read_rows(settings.out) if (settings.out / ROWS).exists() else []
+    held = {(row["method"], row["case"]) for row in rows}
     lines = [f"suite {settings.suite}: " + ", ".join(f"{name} {value}" for name, value in suite.record().items())]
     for kind, ids in suite.ids().items():
         names = [name for name in methods if any(task[:2] == (name, kind) for task in tasks)]
@@ -114,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns 1 for bad input, with its message."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("--suite", required=True, help=", ".join(SUITES))
-    names = ", ".join(METHODS)
-    parser.add_argument("--methods", default=",".join(METHODS), help=f"with commas, of: {names}; or module:function (default: all)")
+    every = ",".join(METHODS)
+    parser.add_argument("--methods", default=every, help=f"of: {every}; or module:function (default: all of these)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--count", type=int, help="cases a kind (default: all; of the world 200)")
     parser.add_argument("--cases", default="", metavar="KINDS", help="kinds of edit, with commas (default: all)")

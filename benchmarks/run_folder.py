@@ -1,7 +1,7 @@
 """The folder of a run: settings, rows, pictures. A run that was killed goes on; nothing is lost and nothing doubled.
 
-`run.json` holds the settings and the methods with theirs, `rows.jsonl` a row a case and method, each appended and flushed to the
-disk, `pictures/` what each method returned and what was asked. A folder belongs to one set of settings: others are refused.
+`run.json` holds the settings and the methods with theirs, `rows.jsonl` a row a case and method, each appended and flushed to
+the disk, `pictures/` what each method returned and what was asked. A folder belongs to one set of settings, others are refused.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class RunFolder:
         """Hold the folder for the duration of a `with` block, to add rows.
 
         `settings` must be those that it was begun with; `methods`, by name, may be added to but not changed. What a killed run
-        left of its last line is cut off. Raises `RunError` for other settings, for damaged rows, and where another process holds
-        the folder.
+        left of its last line is cut off. Raises `RunError` for other settings, for damaged rows, and where another process
+        holds the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("a") as lock:

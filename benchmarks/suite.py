@@ -82,7 +82,8 @@ class Edited:
 class Measure:
     """A measured value: its name in rows, title, which direction is better, and the factor and unit it is shown in.
 
-    `higher` is None where neither is. `failed` is what a case that raised an error counts as; None leaves it out.
+    `higher` is None where neither is. `failed` is what a case that raised an error counts as; None leaves it out. `about` says
+    what the title cannot.
     """
 
     name: str
@@ -91,15 +92,16 @@ class Measure:
     unit: str = ""
     scale: float = 1.0
     failed: float | None = None
+    about: str = ""
 
 
 COSTS = (
-    Measure("rows", "U-Net rows, inversion and edit", False),
-    Measure("nfe", "U-Net calls", False),
-    Measure("backward_rows", "U-Net rows of gradients", False),
-    Measure("seconds", "time, inversion and edit", False, "s"),
-    Measure("cpu_seconds", "CPU time of the process", False, "s"),
-    Measure("peak", "peak memory over what was there before", False, "MiB", 2**-20),
+    Measure("rows", "U-Net rows", False, about="of inversion and edit; a guided prediction has two"),
+    Measure("nfe", "U-Net calls", False, about="whatever the rows of each"),
+    Measure("backward_rows", "gradient rows", False, about="rows of the U-Net that a gradient came back through"),
+    Measure("seconds", "time", False, "s", about="of inversion and edit, by the clock"),
+    Measure("cpu_seconds", "CPU time", False, "s", about="of the process"),
+    Measure("peak", "peak memory", False, "MiB", 2**-20, about="over what was held before the case"),
 )
 """What every suite has of the cost of a case; see `benchmarks.meter`."""
 
@@ -155,6 +157,10 @@ class Suite(ABC):
     kinds: ClassVar[tuple[str, ...]]
     measures: ClassVar[tuple[Measure, ...]]
     axes: ClassVar[Axes]
+    headline: ClassVar[tuple[str, ...]]
+    """Names of the measures that a report shows first."""
+    pooled: ClassVar[bool] = False
+    """Whether the published figures are means over all kinds together."""
     needs_subjects: ClassVar[bool] = False
     """Whether every case shows a subject, so that a model that takes none has nothing to do."""
 

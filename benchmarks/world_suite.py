@@ -50,24 +50,30 @@ class WorldSuite(Suite):
     name = "world"
     kinds = ("swap", "replace", "background", "add", "remove", "recolour")
     axes = Axes("success", "outside_psnr")
+    headline = ("success", "mask_iou", "outside_psnr", "exact_outside_mask", "truth_psnr", "rows", "cpu_seconds")
     measures = (
-        Measure("success", "edit achieved, by the judge", failed=0.0),
+        Measure("success", "edit achieved", failed=0.0, about="by the judge; see `judged` in benchmarks/world_suite.py"),
         Measure("category", "right category", failed=0.0),
-        Measure("look", "right look: source of art and hue; of recolour, the tint", failed=0.0),
+        Measure("look", "right look", failed=0.0, about="source of art, and hue within 25 degrees; of recolour, the tint"),
         Measure("background", "right background", failed=0.0),
-        Measure("mask_iou", "IoU of the mask with the true region", failed=0.0),
-        Measure("boundary_f", "F of the mask's outline (1 pixel)", failed=0.0),
-        Measure("changed_iou", "IoU of what changed with what should have", failed=0.0),
-        Measure("outside_psnr", "PSNR outside the true region, as returned", unit="dB"),
-        Measure("outside_ssim", "SSIM outside the true region, as returned"),
-        Measure("outside_mse", "MSE x 10^4 outside the true region, as returned", False, scale=1e4),
-        Measure("unpasted_psnr", "PSNR outside the true region, nothing pasted back", unit="dB"),
-        Measure("unpasted_ssim", "SSIM outside the true region, nothing pasted back"),
-        Measure("unpasted_mse", "MSE x 10^4 outside the true region, nothing pasted back", False, scale=1e4),
-        Measure("exact_outside_mask", "bit-exact share outside the method's own feathered mask", failed=0.0),
-        Measure("exact_outside_truth", "bit-exact share outside the true region", failed=0.0),
-        Measure("truth_psnr", "PSNR to the true answer inside the true region", unit="dB"),
-        Measure("truth_ssim", "SSIM to the true answer inside the true region"),
+        Measure("mask_iou", "mask IoU", failed=0.0, about="with the true region: old and new object together"),
+        Measure("boundary_f", "outline F", failed=0.0, about="of the two masks' outlines, one pixel apart at most"),
+        Measure("changed_iou", "changed IoU", failed=0.0, about="of the pixels that changed with those that should have"),
+        Measure("outside_psnr", "PSNR outside", unit="dB", about="of what is returned, to the source, outside the true region"),
+        Measure("outside_ssim", "SSIM outside"),
+        Measure("outside_mse", "MSE outside x 10^4", False, scale=1e4),
+        Measure("unpasted_psnr", "unpasted PSNR outside", unit="dB", about="the same before original pixels were put back"),
+        Measure("unpasted_ssim", "unpasted SSIM outside"),
+        Measure("unpasted_mse", "unpasted MSE outside x 10^4", False, scale=1e4),
+        Measure(
+            "exact_outside_mask",
+            "exact outside mask",
+            failed=0.0,
+            about="share of pixels kept bit for bit outside the method's own feathered mask",
+        ),
+        Measure("exact_outside_truth", "exact outside region", failed=0.0, about="the same outside the true region"),
+        Measure("truth_psnr", "PSNR to truth", unit="dB", about="to the true answer, inside the true region"),
+        Measure("truth_ssim", "SSIM to truth"),
         *COSTS,
     )
 
