@@ -204,11 +204,12 @@ def test_every_method_runs_and_its_rows_say_what_made_them(everything: Path) -> 
         assert (row["trajectory"] is None) == (name == "paste") and (values["nfe"] == 0) == (name == "paste")
         assert values["backward_rows"] > 0 or name != "null-text+p2p"
     swaps = {name: row["metrics"] for (name, kind), row in rows.items() if kind == "swap"}
-    # Inversion 2; ours 2 + 3 + 3 - 1 (no window is open in the last step); DDIM's replay 4 more; generation 4.
+    # The published windows follow the source for longer than ours; LAVIS generates it again, and DDIM with guidance.
     assert swaps["ours"]["rows"] < swaps["direct+p2p"]["rows"] < swaps["lavis"]["rows"] < swaps["ddim+p2p"]["rows"]
     assert swaps["generate-only"]["rows"] == 4 and swaps["null-text+p2p"]["rows"] > 20
-    assert swaps["ours"]["exact_outside_mask"] == 1 > 0.5 > swaps["direct+p2p"]["exact_outside_mask"]
-    assert swaps["ours"]["unpasted_psnr"] < swaps["ours"]["outside_psnr"] and swaps["ours+mask"]["mask_iou"] == 1
+    assert swaps["ours+mask"]["exact_outside_mask"] == swaps["ours+mask"]["mask_iou"] == 1
+    assert swaps["direct+p2p"]["exact_outside_truth"] < 0.5 < swaps["ours+mask"]["exact_outside_truth"]
+    assert swaps["ours+mask"]["unpasted_psnr"] < swaps["ours+mask"]["outside_psnr"]
     assert swaps["direct+p2p"]["unpasted_psnr"] == swaps["direct+p2p"]["outside_psnr"]
     assert swaps["generate-only"]["mask_iou"] is None and swaps["edit-friendly+p2p"]["exact_outside_mask"] is None
     kept = read_settings(everything)
