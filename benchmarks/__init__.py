@@ -1,1 +1,1 @@
-"""Fidelity and cost of the miniature model. Not part of the installed library; run from a checkout."""
+"""Benchmarks of editing fidelity, speed and memory. Not part of the installed library; run from a checkout."""

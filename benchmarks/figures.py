@@ -26,8 +26,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.cost import environment
+from benchmarks.figures_table import results
 from benchmarks.judge import Judge, right_category, right_look, scene_batch
-from benchmarks.metrics import iou, psnr, results
+from benchmarks.metrics import iou, psnr
 from p2p_subject.blend import RULES, binary_mask, competitors, region
 from p2p_subject.editor import Editor
 from p2p_subject.edits import Blend, Subject, swap_subject

@@ -1,184 +1,183 @@
-"""Measures of pictures and masks, the figures that are made of them, and their table. Pure functions."""
+"""Measures of pictures, masks and features. Pure functions: uint8 pictures (H, W, 3), bool masks (H, W), float vectors.
+
+What scikit-image or torchmetrics has is theirs. A region is a mask whose pixels count; errors are averaged over them, so no
+figure depends on the region's area. The `published_` ones of PIE-Bench (Ju et al. 2024) do: they black out the region of the
+edit in both pictures and average over the whole frame.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt
+
+CEILING = 100.0
+"""dB that equal pictures count as in means, which no infinity may enter; 8 bits at 64x64 show 89 dB at most."""
+
+CHANGED = 25
+"""Levels of 255 from which a channel is taken to have changed: a tenth of the range, above what an autoencoder loses."""
+
+
+def _require(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> None:
+    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8 or a.ndim != 3:
+        raise ValueError(f"pictures {a.dtype} {a.shape} and {b.dtype} {b.shape}; expected uint8 of one shape (H, W, 3)")
+    if mask is not None and (mask.shape != a.shape[:2] or mask.dtype != bool or not mask.any()):
+        raise ValueError(f"mask {mask.dtype} {mask.shape}; expected bool {a.shape[:2]} with a pixel or more")
+
+
+def _require_masks(a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape != b.shape or a.dtype != bool or b.dtype != bool or a.ndim != 2:
+        raise ValueError(f"masks {a.dtype} {a.shape} and {b.dtype} {b.shape}; expected bool of one shape (H, W)")
+
+
+def mse(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Mean squared error of two pictures scaled to [0, 1], over the pixels of `mask`; 0 (equal) to 1, lower is closer.
+
+    Raises `ValueError` for pictures or masks that do not fit, and for a mask without pixels.
+    """
+    _require(a, b, mask)
+    squared = (a.astype(np.float64) / 255 - b.astype(np.float64) / 255) ** 2
+    return float((squared if mask is None else squared[mask]).mean())
 
 
 def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures (H, W, 3), in dB; higher is closer, infinite when equal.
+    """Peak signal-to-noise ratio of two pictures, in dB, over the pixels of `mask`; higher is closer, infinite when equal.
 
-    With `mask` (H, W) bool only its pixels count and the error is averaged over them, so the figure does not depend on the
-    mask's area. Raises `ValueError` for pictures or masks that do not fit, and for a mask without pixels.
+    10 log10 of one over `mse`. Raises `ValueError` as `mse` does.
     """
-    if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise ValueError(f"pictures {a.dtype} {a.shape} and {b.dtype} {b.shape}; expected uint8 of one shape")
-    squared = (a.astype(np.float64) - b) ** 2
+    error = mse(a, b, mask)
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def capped(decibels: float) -> float:
+    """A ratio in dB with `CEILING` in the place of more, infinity included."""
+    return min(decibels, CEILING)
+
+
+def ssim(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
+    """Structural similarity of two pictures (Wang et al. 2004), -1 to 1; higher is closer, 1 when equal.
+
+    The map of Gaussian windows (sigma 1.5, 11 pixels wide) is averaged over the pixels of `mask`. What lies outside of it is
+    black in both pictures, so that windows across its edge do not see it. Raises `ValueError` as `mse` does.
+    """
+    from skimage.metrics import structural_similarity
+
+    _require(a, b, mask)
     if mask is not None:
-        if mask.shape != a.shape[:2] or mask.dtype != bool or not mask.any():
-            raise ValueError(f"mask {mask.dtype} {mask.shape}; expected bool {a.shape[:2]} with a pixel or more")
-        squared = squared[mask]
-    error = squared.mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+        a, b = (np.where(mask[..., None], picture, 0).astype(np.uint8) for picture in (a, b))
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255, "channel_axis": 2}
+    values = structural_similarity(a, b, full=True, **options)[1].mean(-1)
+    return float((values if mask is None else values[mask]).mean())
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool masks (H, W), 0 to 1; higher is closer, 1 when both are empty."""
-    if a.shape != b.shape or a.dtype != bool or b.dtype != bool:
-        raise ValueError(f"masks {a.dtype} {a.shape} and {b.dtype} {b.shape}; expected bool of one shape")
+    """Intersection over union of two masks (Jaccard 1912), 0 to 1; higher is closer, 1 when both are empty.
+
+    Raises `ValueError` for masks that do not fit.
+    """
+    _require_masks(a, b)
     union = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / union if union else 1.0
 
 
-def interval(values: Sequence[float], *, share: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, in their unit; the same seed gives the same interval.
+def boundary_f(a: np.ndarray, b: np.ndarray, tolerance: float | None = None) -> float:
+    """F-measure of two masks' outlines (Perazzi et al. 2016, section 4.1), 0 to 1; higher is closer, 1 when neither has one.
 
-    Raises `ValueError` without values.
+    The harmonic mean of the shares of each outline that lies within `tolerance` pixels of the other; None is 0.8 % of the
+    picture's diagonal, as published, rounded up. Raises `ValueError` for masks that do not fit.
     """
-    sample = np.asarray(values, np.float64)
-    if sample.ndim != 1 or not len(sample):
-        raise ValueError(f"values of shape {sample.shape}; expected a list of one or more")
-    chosen = np.random.default_rng(seed).integers(0, len(sample), (draws, len(sample)))
-    low, high = np.quantile(sample[chosen].mean(1), [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
+    from skimage.segmentation import find_boundaries
+
+    _require_masks(a, b)
+    reach = math.ceil(0.008 * math.hypot(*a.shape)) if tolerance is None else tolerance
+    edges = [find_boundaries(mask, mode="inner") for mask in (a, b)]
+    if not all(edge.any() for edge in edges):
+        return 0.0 if any(edge.any() for edge in edges) else 1.0
+    shares = [float((distance_transform_edt(~other)[edge] <= reach).mean()) for edge, other in (edges, edges[::-1])]
+    return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of the table: the mean of `field` over the rows of `group`; thresholds in the field's unit, None: none set.
+def changed(a: np.ndarray, b: np.ndarray, levels: int = CHANGED) -> np.ndarray:
+    """Where two pictures differ by more than `levels` of 255 in a channel, (H, W) bool."""
+    _require(a, b)
+    return (np.abs(a.astype(np.int16) - b.astype(np.int16)) > levels).any(-1)
 
-    `failed` is what a case that raised an error counts as; None leaves it out, for times and costs.
+
+def exactness(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    """Share of the pixels of `mask` that are the same bit for bit in two pictures, 0 to 1; higher is better.
+
+    Raises `ValueError` as `mse` does.
     """
-
-    title: str
-    group: str
-    field: str
-    first: float | None = None
-    goal: float | None = None
-    failed: float | None = 0.0
+    _require(a, b, mask)
+    return float((a == b).all(-1)[mask].mean())
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A measured line: mean, 95 % bootstrap interval, number of cases and how many of them raised an error."""
-
-    title: str
-    value: float
-    low: float
-    high: float
-    count: int
-    errors: int
-    first: float | None
-    goal: float | None
+def nearer(picture: np.ndarray, wanted: np.ndarray, other: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether a picture is nearer to `wanted` than to `other`, in squared error over the pixels of `mask`."""
+    return mse(picture, wanted, mask) < mse(picture, other, mask)
 
 
-LINES = (
-    Line("VAE reconstruction, test scenes: PSNR, dB", "real test", "psnr", 27, 30),
-    Line("judge on real scenes, test: category and look", "real test", "both", 0.97),
-    Line("judge on real scenes, new hue: category and look", "real new_hue", "both", 0.97),
-    Line("judge on real scenes, new art: category and look", "real new_art", "both", 0.97),
-    Line("judge on VAE reconstructions, test: category and look", "real test", "rebuilt_both"),
-    Line("judge on VAE reconstructions, new hue: category and look", "real new_hue", "rebuilt_both"),
-    Line("judge on VAE reconstructions, new art: category and look", "real new_art", "rebuilt_both"),
-    Line("caption only: right category", "caption", "category", 0.90, 0.97),
-    Line("caption only: right background", "caption", "background", 0.98, 1.0),
-    Line("subject in new hue: right category", "subject new_hue", "category"),
-    Line("subject in new hue: right category and look", "subject new_hue", "both", 0.70, 0.95),
-    Line("subject in new hue: right background", "subject new_hue", "background", 0.98, 1.0),
-    Line("subject of held-out art: right category", "subject new_art", "category"),
-    Line("subject of held-out art: right category and look", "subject new_art", "both", None, 0.80),
-    Line("subject of held-out art: right background", "subject new_art", "background", 0.98, 1.0),
-    Line("subject of a known look: right category", "subject test", "category"),
-    Line("subject of a known look: right category and look", "subject test", "both"),
-    Line("subject of a known look: right background", "subject test", "background", 0.98, 1.0),
-    Line("default mask, inverted test scenes: IoU", "mask test", "iou", 0.85, 0.92),
-    Line("default mask, inverted scenes of held-out art: IoU", "mask new_art", "iou"),
-    Line("default mask on the twin, test scenes: IoU", "mask twin test", "iou", 0.70, 0.85),
-    Line("swap: right category", "swap", "category"),
-    Line("swap: right category and look", "swap", "both", 0.70, 0.90),
-    Line("swap: right background", "swap", "background", 0.98, 1.0),
-    Line("swap, nothing pasted back: right category and look", "swap", "unpasted_both"),
-    Line("swap: IoU of the mask with old and new subject", "swap", "iou"),
-    Line("swap, nothing pasted back: background PSNR, dB", "swap", "psnr"),
-    Line("the same of the VAE reconstruction, dB", "swap", "rebuilt_psnr"),
-    Line("swap: background bit-exact outside the mask", "swap", "exact"),
-    Line("no edit (the source): right category and look", "swap", "copy_both"),
-    Line("true edited scene: right category and look", "swap", "truth_both"),
-    Line("caption with tint instead of the swap: right category", "swap by caption", "category"),
-    Line("caption with tint instead of the swap: category and look", "swap by caption", "both"),
-    Line("caption with tint instead of the swap: background", "swap by caption", "background"),
-    Line("U-Net rows a step of an edit", "swap", "rows", failed=None),
-    Line("inversion, s", "swap", "invert_seconds", failed=None),
-    Line("inversion and edit, s", "swap", "seconds", 10, 5, failed=None),
-)
-"""The table, with the thresholds of a first issue and the goals."""
+def without(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The picture with the pixels of `mask` black, as PIE-Bench compares backgrounds."""
+    return np.where(mask[..., None], 0, picture).astype(np.uint8)
 
 
-def summarise(line: Line, rows: Sequence[dict]) -> Figure | None:
-    """Measure a line on the rows of its group (those with "error" failed); None where no row has a value."""
-    own = [row for row in rows if row["group"] == line.group]
-    values = [line.failed if "error" in row else row.get(line.field) for row in own]
-    values = [float(value) for value in values if value is not None]
-    if not values:
-        return None
-    errors = sum("error" in row for row in own)
-    return Figure(line.title, float(np.mean(values)), *interval(values), len(values), errors, line.first, line.goal)
+def published_psnr(a: np.ndarray, b: np.ndarray, edited: np.ndarray) -> float:
+    """PIE-Bench's background PSNR in dB: the region `edited` is black in both and counts as no error (Ju et al. 2024).
 
-
-def table(figures: Sequence[Figure]) -> str:
-    """The figures as text, one a line: value, interval, n, errors, thresholds and whether the first one is met."""
-    width = max((len(figure.title) for figure in figures), default=0)
-    text = [f"{'figure':{width}}  {'value':>8}  {'95 % interval':>17}  {'n':>5}  errors  {'first':>6}  {'goal':>6}"]
-    for f in figures:
-        thresholds = "  ".join(f"{'' if value is None else f'{value:g}':>6}" for value in (f.first, f.goal))
-        measured = f"{f.title:{width}}  {f.value:8.3f}  {f.low:8.3f}-{f.high:8.3f}  {f.count:5d}  {f.errors:6d}"
-        text.append(f"{measured}  {thresholds}  {standing(f)}".rstrip())
-    return "\n".join(text)
-
-
-def standing(figure: Figure) -> str:
-    """Which threshold a figure meets: "goal", "met" (the first one), "NOT MET", or nothing without a first one.
-
-    Higher is better, unless the goal is below the first threshold.
+    Higher is closer; it rises with the area of `edited`. Infinite when equal.
     """
-    sign = -1 if figure.first is not None and figure.goal is not None and figure.goal < figure.first else 1
-    if figure.goal is not None and sign * figure.value >= sign * figure.goal:
-        return "goal"
-    if figure.first is None:
-        return ""
-    return "met" if sign * figure.value >= sign * figure.first else "NOT MET"
+    return psnr(without(a, edited), without(b, edited))
 
 
-def pivot(rows: Sequence[dict], by: str, fields: Sequence[str]) -> str:
-    """Means of `fields` for each value of `by`, as text; rows with an error count as 0 and are counted."""
-    names = list(dict.fromkeys(row[by] for row in rows if by in row))
-    errors = [row for row in rows if "error" in row]
-    width = max(map(len, names), default=0)
-    text = [f"{by:{width}}  {'n':>4}" + "".join(f"  {name:>5}" for name in fields)]
-    for name in names:
-        own = [row for row in rows if row.get(by) == name]
-        means = [sum(row[key] for row in own) / (len(own) + len(errors)) for key in fields]
-        cells = [f"  {value:{max(len(key), 5)}.3f}" for key, value in zip(fields, means)]
-        text.append("".join([f"{name:{width}}  {len(own):4d}", *cells]))
-    return "\n".join([*text, f"cases that raised an error: {len(errors)}"])
+def published_mse(a: np.ndarray, b: np.ndarray, edited: np.ndarray) -> float:
+    """PIE-Bench's background MSE of pictures in [0, 1], 0 to 1; lower is closer, and it falls with the area of `edited`."""
+    return mse(without(a, edited), without(b, edited))
 
 
-def results(rows: Sequence[dict]) -> tuple[list[Figure], list[str]]:
-    """All that rows say: the figures and, as texts, their table, IoU by rule and threshold, and the settings of a sweep.
+def published_ssim(a: np.ndarray, b: np.ndarray, edited: np.ndarray) -> float:
+    """PIE-Bench's background SSIM, by torchmetrics over the whole frame; -1 to 1, higher is closer.
 
-    A field that holds a dict has a value for each threshold.
+    It rises with the area of `edited`. Raises `ModuleNotFoundError` without torchmetrics.
     """
-    figures = [figure for line in LINES if (figure := summarise(line, rows))]
-    texts = [table(figures)] if figures else []
-    for group in dict.fromkeys(row["group"] for row in rows):
-        own = [row for row in rows if row["group"] == group]
-        errors = [row for row in own if "error" in row]
-        each = [{"rule": name} | value for row in own for name, value in row.items() if isinstance(value, dict)]
-        if each:
-            texts.append(f"{group}: IoU by threshold\n" + pivot(each + errors, "rule", list(each[0])[1:]))
-        if any("setting" in row for row in own):
-            texts.append(pivot(own, "setting", ("both", "category", "background", "iou", "psnr")))
-    return figures, texts
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _require(a, b)
+    pair = [torch.from_numpy(without(p, edited)).permute(2, 0, 1)[None].float() / 255 for p in (a, b)]
+    return float(structural_similarity_index_measure(*pair, data_range=1.0))
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of two feature vectors (D,), -1 to 1; higher is closer. Raises `ValueError` for a vector of zeros."""
+    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    if a.shape != b.shape or not lengths > 0:
+        raise ValueError(f"vectors {a.shape} and {b.shape}, product of lengths {lengths}; expected two of one shape, not 0")
+    return float(np.clip(a @ b / lengths, -1, 1))
+
+
+def clip_score(image: np.ndarray, text: np.ndarray) -> float:
+    """CLIP score of the features of a picture and of a text (D,): 100 times their cosine, at least 0 (Hessel et al. 2021).
+
+    0 to 100, higher is better. With torchmetrics' factor of 100, as PIE-Bench reports it; the paper's own is 2.5.
+    """
+    return 100 * max(cosine(image, text), 0.0)
+
+
+def self_similarity(keys: np.ndarray) -> np.ndarray:
+    """Cosines of all pairs of keys (T, D) of a picture's tokens: its structure, (T, T) in [-1, 1] (Tumanyan et al. 2022)."""
+    unit = np.asarray(keys, np.float64)
+    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True).clip(1e-12)
+    return unit @ unit.T
+
+
+def structure_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean squared difference of the self-similarities of two pictures' keys (T, D) in DINO; 0 (equal) to 4, lower is closer.
+
+    Tumanyan et al. 2022, section 3.1; keys of the last layer, heads side by side, the class token included.
+    """
+    if a.shape != b.shape or a.ndim != 2:
+        raise ValueError(f"keys of shapes {a.shape} and {b.shape}; expected two of one shape (T, D)")
+    return float(((self_similarity(a) - self_similarity(b)) ** 2).mean())

@@ -18,6 +18,7 @@ from p2p_subject.images import load_image
 from p2p_subject.outputs import feather
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import Pipeline
 
 __all__ = ["KINDS", "CannyDetector", "HEDdetector", "canny", "control_image", "depth", "scribble"]
@@ -83,8 +84,15 @@ def depth(picture: Image.Image, file: Any = None, model: str | None = None) -> I
             f"depth: {given} of file and model given; pass one: file= a picture of the depth, or model= a depth-estimation "
             'model of transformers, such as "Intel/dpt-large"'
         )
-    found = load_image(file, what="depth") if model is None else _depth_model(model)(picture)["depth"]
+    found = load_image(file, what="depth") if model is None else _levels(_depth_model(model)(picture)["predicted_depth"])
     return found.convert("L").resize(picture.size, Image.Resampling.BICUBIC).convert("RGB")
+
+
+def _levels(depth: Tensor) -> Image.Image:
+    """Relative depth (1, h, w) or (h, w) from its least to its most; the releases of transformers scale it differently."""
+    values = depth.detach().cpu().float().squeeze().numpy()
+    span = float(np.ptp(values))
+    return Image.fromarray(np.rint(255 * (values - values.min()) / (span or 1.0)).astype(np.uint8))
 
 
 KINDS: dict[str, Callable[..., Image.Image]] = {"canny": canny, "scribble": scribble, "depth": depth}

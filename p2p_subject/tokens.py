@@ -133,7 +133,7 @@ class TokenLayout:
             raise PromptError(
                 f"A word of the prompt was expected, got {word!r}. Name one of {list(self.words())}."
             )
-        found = [match.span() for match in _phrase(word).finditer(self.prompt)]
+        found = [match.span() for match in phrase_pattern(word).finditer(self.prompt)]
         if not found:
             raise WordNotFoundError(
                 f"{word!r} is not in the prompt {self.prompt!r}.{did_you_mean(word, self.words())} "
@@ -206,7 +206,7 @@ def layout(
     )
 
 
-def _phrase(word: str) -> re.Pattern[str]:
+def phrase_pattern(word: str) -> re.Pattern[str]:
     """Return the pattern that finds a word or phrase as whole words."""
     word = normalize("NFC", word)
     word = word.strip(_SURROUNDING) or word.strip()

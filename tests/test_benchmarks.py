@@ -15,7 +15,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from benchmarks import cost, figures, judge
-from benchmarks.metrics import LINES, Line, interval, iou, pivot, psnr, results, standing, summarise, table
+from benchmarks.figures_table import LINES, Line, pivot, results, standing, summarise, table
+from benchmarks.metrics import iou, psnr
+from benchmarks.statistics import interval
 from p2p_subject.editor import Editor
 from p2p_subject.errors import ModelError
 from p2p_subject.training import world

@@ -363,9 +363,12 @@ def test_clipseg_fills_the_cache_and_skips_loudly(clipseg_folder, tmp_path) -> N
     with pytest.raises(DatasetError, match="6 of 6 pictures have neither mask nor transparency"):
         make_cutouts(entries, cache)
     clipseg = ClipSeg.load(clipseg_folder)
-    shares = [(clipseg(Image.open(entry.picture), entry.subject) >= 0.9).mean() for entry in entries]
-    # Half of the pictures have enough of what the random network is sure of.
-    chosen = CutoutSettings(0.9, 0.1, smallest=float(sum(sorted(shares)[2:4])) / 2, largest=1.0)
+    confidences = [clipseg(Image.open(entry.picture), entry.subject) for entry in entries]
+    # What the network is sure of depends on its random weights, which releases of transformers draw in other orders.
+    low, high = (float(level) for level in np.quantile(np.concatenate([own.ravel() for own in confidences]), (0.3, 0.7)))
+    shares = [(own >= high).mean() for own in confidences]
+    # Half of the pictures have enough of it.
+    chosen = CutoutSettings(high, low, smallest=float(sum(sorted(shares)[2:4])) / 2, largest=1.0)
     expected = [entry.file for entry, share in zip(entries, shares) if share < chosen.smallest]
     with pytest.warns(UserWarning, match=r"3 of 6 pictures are skipped"):
         report = make_cutouts(entries, cache, chosen, Segmenter(str(clipseg_folder)))
@@ -567,8 +570,10 @@ def test_a_caption_is_encoded_as_the_pipeline_does_with_the_subject_in_its_place
     own = caption(*given)
     room = inputs.window - inputs.queries
     assert list(own.ids) == inputs.tokenizer(own.text, padding="max_length", max_length=room).input_ids and not own.cut
-    before = inputs.tokenizer.decode(own.ids[1 : own.position]).split()
-    behind = inputs.tokenizer.decode(own.ids[own.position :], skip_special_tokens=True).split()
+    before, behind = (
+        inputs.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).split()
+        for ids in (own.ids[: own.position], own.ids[own.position :])
+    )
     released = ["a"], ["dog", "on", "grass"]
     assert (before, behind) == (released if template == RELEASED else (own.text.replace(",", " ,").split(), []))
     with pytest.raises(ArgumentError, match="template"):

@@ -78,10 +78,23 @@ class SceneSpec:
         """The same scene with another subject: the true answer of a swap."""
         return replace(self, look=look)
 
+    def with_background(self, background: str, seed: int) -> SceneSpec:
+        """The same subject in the same place before another background: the true answer of a change of background."""
+        return replace(self, background=background, background_seed=seed)
+
+    def with_hue(self, hue: float | None) -> SceneSpec:
+        """The same scene with its subject in another hue: the true answer of a change of colour."""
+        return replace(self, look=replace(self.look, hue=hue))
+
     def caption(self, *, tint: bool = False) -> str:
         """"a dog on grass", or "a blue dog on grass" with `tint`."""
         words = [self.look.tint] if tint and self.look.tint else []
         return with_article(" ".join([*words, self.look.category, PHRASES[self.background]]))
+
+
+def empty_caption(background: str) -> str:
+    """What describes a scene without its subject: "grass", "the sky"."""
+    return PHRASES[background].split(" ", 1)[1]
 
 
 def with_article(phrase: str) -> str:
@@ -165,6 +178,11 @@ def draw(spec: SceneSpec, size: int = SIZE) -> Scene:
     return Scene(spec, np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8), alpha)
 
 
+def draw_empty(spec: SceneSpec, size: int = SIZE) -> np.ndarray:
+    """Draw a scene without its subject, (S, S, 3) uint8: the true answer of its removal."""
+    return np.rint(np.clip(paint(spec.background, spec.background_seed, size), 0, 1) * 255).astype(np.uint8)
+
+
 def _rng(split: str, index: int, purpose: int) -> np.random.Generator:
     return np.random.default_rng((SPLITS.index(split), index, purpose))
 
@@ -217,6 +235,11 @@ def reference(look: Look, split: str, index: int, size: int = SIZE) -> np.ndarra
     (S, S, 3) uint8. BLIP-Diffusion composes the segmented subject on a random background for the same reason: an encoder
     that sees the target scene learns to copy it (Li et al. 2023, section 3.2).
     """
+    return reference_scene(look, split, index, size).image
+
+
+def reference_scene(look: Look, split: str, index: int, size: int = SIZE) -> Scene:
+    """The scene that `reference` shows, with the mask of its subject."""
     rng = _rng(split, index, 1)
     pose = Pose(
         x=float(rng.uniform(0.46, 0.54)),
@@ -226,4 +249,4 @@ def reference(look: Look, split: str, index: int, size: int = SIZE) -> np.ndarra
         mirrored=bool(rng.random() < 0.5),
     )
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    return draw(SceneSpec(look, pose, background, int(rng.integers(2**31))), size).image
+    return draw(SceneSpec(look, pose, background, int(rng.integers(2**31))), size)

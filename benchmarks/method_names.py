@@ -1,0 +1,117 @@
+"""Methods by the names that a command line gives: with changed settings in brackets, or a user's module:function."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.methods import METHODS, Generation, Method, MethodFunction, Paste
+from benchmarks.suite import Case
+from p2p_subject.edits import Blend, EditSpec
+from p2p_subject.errors import ArgumentError, did_you_mean
+
+
+def names_of(text: str) -> list[str]:
+    """Split "ours,ours[steps=20,guidance_scale=4],package.module:function" at the commas outside brackets."""
+    return [name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip()]
+
+
+def method_of(name: str, *, steps: int | None = None, guidance_scale: float | None = None) -> MethodFunction:
+    """Look a method up: a name of `METHODS`, one with changed settings in brackets, or "module:function".
+
+    In brackets stand fields of `Method`, `EditSpec` or `Blend` with JSON values: "ours[cross_replace=0.4,threshold=0.5]".
+    `steps` and `guidance_scale`, where given, hold for all but users' functions. Raises `ArgumentError`.
+    """
+    base, _, changes = name.partition("[")
+    if ":" in base:
+        return _imported(name)
+    if base not in METHODS:
+        expected = f"one of {', '.join(METHODS)}, or module:function"
+        raise ArgumentError(f"method {base!r};{did_you_mean(base, METHODS)} expected {expected}")
+    method = METHODS[base]
+    if isinstance(method, Paste):
+        if changes:
+            raise ArgumentError(f"method {name!r}: {base!r} has no settings")
+        return method
+    if steps is not None:
+        method = replace(method, steps=steps)
+    if guidance_scale is not None:
+        method = guided(method, guidance_scale)
+    for key, value in _settings(name, changes).items():
+        method = _changed(method, key, value, name)
+    return method
+
+
+def guided(method: Method | Generation, scale: float) -> Method | Generation:
+    """The method at another guidance scale; null-text optimises for the scale that it edits with."""
+    if isinstance(method, Method) and method.inversion == "null_text":
+        method = replace(method, options={**method.options, "guidance_scale": scale})
+    return replace(method, guidance_scale=scale)
+
+
+def _settings(name: str, text: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    pairs = [part.split("=", 1) for part in text.removesuffix("]").split(",")]
+    if not text.endswith("]") or any(len(pair) != 2 for pair in pairs):
+        raise ArgumentError(f"method {name!r}; expected settings such as ours[steps=20,threshold=0.5]")
+    return {key.strip(): _json(value.strip()) for key, value in pairs}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _changed(method: MethodFunction, key: str, value: Any, name: str) -> MethodFunction:
+    own = {f.name for f in fields(method)} - {"edit", "blend", "pie", "options", "paper", "mask_input"}
+    if key == "guidance_scale":
+        return guided(method, value)
+    if key in own:
+        return replace(method, **{key: value})
+    if isinstance(method, Method):
+        if key in {f.name for f in fields(EditSpec)} - {"prompt", "swap", "subject", "blend"}:
+            return replace(method, edit={**method.edit, key: value}, pie={**method.pie, key: value} if method.pie else {})
+        if key in {f.name for f in fields(Blend)} - {"mask"} and method.blend is not None:
+            return replace(method, blend={**method.blend, key: value})
+    raise ArgumentError(f"method {name!r} has no setting {key!r}; fields of Method, EditSpec and Blend can be set")
+
+
+def _imported(name: str) -> MethodFunction:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ArgumentError(f"method {name!r} cannot be imported ({error}); expected module:function") from error
+    if not callable(found):
+        raise ArgumentError(f"method {name!r} is a {type(found).__name__}; expected a function of (editor, case)")
+    return found
+
+
+def applies(method: MethodFunction, case: Case) -> bool:
+    """Whether a method is asked for a case; a user's function is for every one, unless it has an `applies` of its own."""
+    return method.applies(case) if hasattr(method, "applies") else True
+
+
+def takes_mask(method: MethodFunction) -> bool:
+    """Whether a method is given the true mask."""
+    return bool(getattr(method, "mask_input", False))
+
+
+def described(method: MethodFunction) -> dict[str, Any]:
+    """The settings of a method as JSON-able values; of a user's function, a digest of the file it is in."""
+    if isinstance(method, Method | Generation | Paste):
+        return json.loads(json.dumps(asdict(method), default=list))
+    try:
+        digest = hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):  # an object without a file of its own
+        digest = None
+    return {"function": getattr(method, "__qualname__", repr(method)), "digest": digest, "mask_input": takes_mask(method)}

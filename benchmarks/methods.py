@@ -1,0 +1,246 @@
+"""The methods that are compared, by name: an inversion and an edit each, as data; and any function of a user.
+
+A method is called as `method(editor, case)` and returns `Edited`. A user's own is named "module:function":
+
+    def mine(editor: Editor, case: Case) -> Edited: ...
+    mine.mask_input = True        # only if it looks at case.mask, case.truth or the other masks of the answer
+
+The ancestors run with the settings that they were published with, over this library's attention control, which gives the
+same latents as the published loops in fewer U-Net rows: their rows and seconds are this library's. Guidance is the model's own
+scale: 7.5 on public models, as published, and 3 on the miniature. No ancestor puts original pixels back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.suite import Case, Edited
+from inversion import reconstruct
+from p2p_subject.editor import Editor
+from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
+from p2p_subject.images import fit
+from p2p_subject.preparing import context_of
+from p2p_subject.results import EditResult
+from p2p_subject.source import Source
+
+MethodFunction = Callable[[Editor, Case], Edited]
+PIE_BENCH = "pie"
+
+
+@dataclass(frozen=True)
+class Method:
+    """An inversion and an edit through the public editor.
+
+    `inversion` with its `options`, `steps`, `guidance_scale` (None: the model's own), `skip` and `paste` are those of
+    `Editor.invert` and `Editor.edit`. `edit` are fields of `EditSpec`, `blend` fields of `Blend` (None: all of the picture may
+    change), whose words are the case's. `pie` are fields of the edit that the published code uses on PIE-Bench instead, with
+    `weight` for the target's word. `published` aligns prompts as the published controllers do. `reconstructs` follows the
+    source's generation from its noise without guidance, instead of the inverted latents. `subjects`: for swaps alone.
+    `mask_input`: it is given the true mask.
+    """
+
+    paper: str
+    inversion: str = "direct"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 50
+    guidance_scale: float | None = None
+    skip: float = 0.0
+    paste: bool = False
+    edit: Mapping[str, Any] = field(default_factory=dict)
+    blend: Mapping[str, Any] | None = field(default_factory=dict)
+    pie: Mapping[str, Any] = field(default_factory=dict)
+    published: bool = False
+    reconstructs: bool = False
+    subjects: bool = False
+    mask_input: bool = False
+
+    def applies(self, case: Case) -> bool:
+        """Whether the method can be asked for the case."""
+        if case.source is None:
+            return not (self.published or self.mask_input)
+        return (not self.subjects or bool(case.references)) and (not self.mask_input or case.mask is not None)
+
+    def spec(self, case: Case, takes_subjects: bool) -> EditSpec:
+        """The edit of a case; a model that takes no subjects gets a swap as the word alone."""
+        given = dict(self.edit) | (dict(self.pie) if case.suite == PIE_BENCH else {})
+        weight = given.pop("weight", None)
+        if weight is not None and case.target_words:
+            given["weights"] = dict.fromkeys(case.target_words, weight)
+        with_subject = takes_subjects and bool(case.references)
+        if self.published:
+            swaps_words = len(case.prompt.split()) == len(case.target_prompt.split())
+            plain = with_subject or case.suite == PIE_BENCH or not swaps_words
+            given |= {"alignment": "refine" if plain else "replace", "padding": "reference"}
+        given["blend"] = self._blend(case, with_subject)
+        if with_subject:
+            return swap_subject(case.source_words[0], Subject(list(case.references), case.category), **given)
+        return EditSpec(prompt=case.target_prompt, **given)
+
+    def _blend(self, case: Case, with_subject: bool) -> Blend | None:
+        if self.mask_input:
+            return Blend(mask=case.mask)
+        if self.blend is None:
+            return None
+        # With a subject, the target's words are its category and its own columns, which the editor knows.
+        words = {"source_words": case.source_words, "target_words": None if with_subject else case.target_words}
+        blend = Blend(**words | dict(self.blend))
+        return blend if blend.source_words or blend.target_words or with_subject else None
+
+    def __call__(self, editor: Editor, case: Case) -> Edited:
+        if case.source is None:
+            return Generation(self.steps, self.guidance_scale)(editor, case)
+        source = editor.invert(case.source, case.prompt, method=self.inversion, steps=self.steps, **self.options)
+        if self.reconstructs:
+            source = reconstructed(editor, source)
+        spec = self.spec(case, editor.model.queries > 0)
+        result = editor.edit(source, spec, guidance_scale=self.guidance_scale, skip=self.skip, paste=self.paste)
+        return Edited(
+            result.image,
+            result.mask,
+            unpasted=(lambda: unpasted(editor, source, result)) if self.paste and result.mask is not None else None,
+            reach=reach(editor, source, spec) if self.paste else 0.0,
+            trajectory=fingerprint(source.trajectory.latents),
+        )
+
+
+def reach(editor: Editor, source: Source, spec: EditSpec) -> float:
+    """Pixels beyond the mask that a pasted edit may change: its feather."""
+    if spec.blend is None or spec.blend.feather is not None:
+        return 0.0 if spec.blend is None else spec.blend.feather
+    cell = editor.model.scale_factor * max(source.image.size) / max(source.frame.model_size)
+    return round(cell / 2) + cell / 2
+
+
+def unpasted(editor: Editor, source: Source, result: EditResult) -> Image.Image:
+    """The edited picture as it was decoded, at the source's size."""
+    return editor.model.decode(result.latents)[0].resize(source.image.size, Image.Resampling.LANCZOS)
+
+
+@torch.no_grad()
+def reconstructed(editor: Editor, source: Source) -> Source:
+    """The source with the latents of its generation from the noise, without guidance; a U-Net row a step."""
+    model, context = editor.model, context_of(editor.model, source)
+    path = reconstruct(lambda latents, move: model.noise(latents, move, context), source.trajectory.to(model.device))
+    return replace(source, trajectory=path)
+
+
+def fingerprint(latents: torch.Tensor) -> str:
+    """Short hash of a trajectory's latents, bit for bit: two machines that agree on it edited the same generation."""
+    return hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Generation of the target's prompt, with the subject if there is one, from noise of the case's seed; no source is seen."""
+
+    steps: int = 50
+    guidance_scale: float | None = None
+    paper: str = "Li et al. 2023, generation alone"
+    mask_input: bool = False
+
+    def applies(self, case: Case) -> bool:
+        """Every case has a prompt."""
+        return True
+
+    def __call__(self, editor: Editor, case: Case) -> Edited:
+        model = editor.model
+        subject = Subject(list(case.references), case.category) if case.references and model.queries else None
+        frame = None if case.source is None else fit(case.source, multiple=model.multiple, area=model.area)[1]
+        made = editor.generate(
+            case.target_prompt,
+            subject=subject,
+            seed=case.seed,
+            size=None if frame is None else frame.model_size,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+        )
+        image = made.image if case.size in (None, made.image.size) else made.image.resize(case.size, Image.Resampling.LANCZOS)
+        return Edited(image, trajectory=fingerprint(made.trajectory.latents))
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Cut and paste: the reference's subject, cut out by its true mask, over the true place of the old object.
+
+    As large as that object's box allows. The trivial bound: the right subject, whatever shows from behind it.
+    """
+
+    paper: str = "the copy-and-paste baseline of Li et al. 2023 (DreamEdit)"
+    mask_input: bool = True
+
+    def applies(self, case: Case) -> bool:
+        """Swaps whose masks are known."""
+        return bool(case.references) and case.source_mask is not None and case.reference_mask is not None
+
+    def __call__(self, editor: Editor, case: Case) -> Edited:
+        left, top, right, bottom = Image.fromarray(case.source_mask).getbbox()
+        alpha = Image.fromarray(case.reference_mask).convert("L")
+        cut = case.references[0].crop(alpha.getbbox()), alpha.crop(alpha.getbbox())
+        scale = max(right - left, bottom - top) / max(cut[1].size)
+        size = tuple(max(1, round(side * scale)) for side in cut[1].size)
+        subject, silhouette = (part.resize(size, Image.Resampling.LANCZOS) for part in cut)
+        corner = round((left + right - size[0]) / 2), round((top + bottom - size[1]) / 2)
+        image, mask = case.source.copy(), Image.new("L", case.size)
+        image.paste(subject, corner, silhouette)
+        mask.paste(silhouette, corner)
+        # All that was touched, the soft edge of the silhouette included.
+        return Edited(image, Image.fromarray((np.asarray(mask) > 0).astype(np.uint8) * 255))
+
+
+OURS = "this library"
+PUBLISHED_BLEND = {"rule": "peak", "threshold": 0.3, "maps": "running"}
+
+
+def prompt_to_prompt(paper: str, inversion: str, **changes: Any) -> Method:
+    """Prompt-to-Prompt on a real picture: the windows of Hertz et al. 2022, and Mokady et al. 2023's blend after 20 % of the
+    steps; on PIE-Bench the windows, and the weight of 2, of Ju et al. 2024."""
+    return Method(
+        f"{paper}; Hertz et al. 2022",
+        inversion,
+        published=True,
+        edit={"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 32},
+        blend={**PUBLISHED_BLEND, "start": 0.2},
+        pie={"cross_replace": 0.4, "self_replace": 0.6, "weight": 2.0},
+        **changes,
+    )
+
+
+METHODS: dict[str, MethodFunction] = {
+    "ours": Method(OURS, paste=True),
+    "ours-fast": Method(OURS, paste=True, steps=20),
+    "ours-best": Method(OURS, paste=True),
+    "ours+mask": Method(OURS, paste=True, mask_input=True),
+    "ddim+p2p": prompt_to_prompt("Song et al. 2021", "ddim"),
+    "null-text+p2p": prompt_to_prompt("Mokady et al. 2023", "null_text", options={"optimiser": "adam", "inner_steps": 10}),
+    "negative-prompt+p2p": prompt_to_prompt("Miyake et al. 2023", "negative_prompt"),
+    "direct+p2p": prompt_to_prompt("Ju et al. 2024", "direct"),
+    # As Ju et al. ran it for their comparison: 12 of 50 steps left out, the source without guidance, no blend.
+    "edit-friendly+p2p": Method(
+        "Huberman-Spiegelglas et al. 2024; Hertz et al. 2022",
+        "edit_friendly",
+        options={"guidance_scale": 1.0},
+        skip=0.24,
+        published=True,
+        edit={"cross_replace": 0.4, "self_replace": 0.6, "self_resolution": 32},
+        blend=None,
+    ),
+    # BLIP-Diffusion's editing: the mask is read from the source's word alone, from the first step on.
+    "lavis": Method(
+        "Li et al. 2023, released code",
+        published=True,
+        reconstructs=True,
+        subjects=True,
+        edit={"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 16},
+        blend={**PUBLISHED_BLEND, "start": 0.0, "target_words": ()},
+    ),
+    "generate-only": Generation(),
+    "paste": Paste(),
+}
+"""Methods by name."""

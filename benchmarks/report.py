@@ -1,0 +1,99 @@
+"""The report of a run: tables as Markdown, and a page with the pictures side by side, worst cases first.
+
+    python -m benchmarks.report runs/x
+
+Writes `report.md`, `report.html` (one file that needs no other) and `plots/` into the folder and prints the tables. It reads
+what is there, so a run under way can be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report_page import page, plot
+from benchmarks.report_tables import Section, markdown, sections
+from benchmarks.run_folder import Row, file_name, read_rows, read_settings
+from benchmarks.suite import Suite
+from benchmarks.suites import suite_class
+from p2p_subject.errors import ArgumentError, P2PSubjectError
+from p2p_subject.outputs import atomic_write
+
+SHOWN = 12
+"""Cases of a kind whose pictures are on the page."""
+STAR = "\\* was given the true mask (`mask_input`); n is the number of cases with a value, failed cases counted as failed."
+
+
+def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """What the figures hold for, one a line; more than one code, device or set of versions in a run is said."""
+    values = settings["settings"]
+    lines = [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
+    for name in ("device", "machine", "code", "versions"):
+        found = list(dict.fromkeys(_text(row[name]) for row in rows))
+        mixed = f" (MIXED: {len(found)} in one run)" if len(found) > 1 and name in ("code", "versions") else ""
+        lines.append(f"{name}: {'; '.join(found)}{mixed}")
+    failed = sum("error" in row for row in rows)
+    return [*lines, f"{len(rows)} rows, {failed} failed"]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {version}" for name, version in value.items() if version is not None)
+    return str(value)
+
+
+def text(suite: type[Suite], facts: Sequence[str], found: Sequence[Section]) -> str:
+    """The whole report in Markdown."""
+    about = "\n".join(f"- {measure.title}: {measure.about}" for measure in suite.measures if measure.about)
+    parts = [f"# Suite {suite.name}", "\n".join(f"- {line}" for line in facts), STAR, about]
+    for section in found:
+        parts.append(f"## {section.kind} ({section.cases} cases)")
+        parts += [part for table in section.tables for part in (f"{table.title[0].upper()}{table.title[1:]}:", markdown(table))]
+    return "\n\n".join(parts) + "\n"
+
+
+def report(folder: Path, against: str | None = None, shown: int = SHOWN) -> str:
+    """Write the report of a run and return its Markdown.
+
+    `against` is the method whose paired differences are shown and whose worst cases come first (None: the run's first).
+    Raises `RunError` for a folder that is no run, `ArgumentError` for a method that it does not hold.
+    """
+    settings, rows = read_settings(folder), read_rows(folder)
+    suite, methods = suite_class(settings["settings"]["suite"]), list(settings["methods"])
+    against = against or methods[0]
+    if against not in methods or not rows:
+        held = f"the methods {', '.join(methods)}" if rows else "no rows"
+        raise ArgumentError(f"against={against!r}; {folder} holds {held}")
+    found = sections(rows, suite, methods, against)
+    told = facts(settings, rows)
+    made = text(suite, told, found)
+    plots = {section.kind: plot(section, suite) for section in found}
+    (folder / "plots").mkdir(exist_ok=True)
+    for kind, picture in plots.items():
+        if picture is not None:
+            atomic_write(folder / "plots" / f"{file_name(kind)}.png", picture)
+    atomic_write(folder / "report.md", made)
+    atomic_write(folder / "report.html", page(folder, suite, told, found, plots, against, shown))
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 1 for bad input, with its message."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="folder of a run")
+    parser.add_argument("--against", metavar="METHOD", help="whose differences and worst cases (default: the run's first)")
+    parser.add_argument("--shown", type=int, default=SHOWN, help="cases a kind with pictures on the page (default %(default)s)")
+    given = parser.parse_args(argv)
+    try:
+        print(report(given.folder, given.against, max(0, given.shown)))
+    except P2PSubjectError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The page of a report: one HTML file with its tables, plots and pictures inlined."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.report_tables import Section, label, values_of, worst_first
+from benchmarks.run_folder import Row
+from benchmarks.statistics import mean
+from benchmarks.suite import Measure, Suite
+from p2p_subject.errors import ArgumentError
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+SIDE = 256
+"""Larger side in pixels from which pictures are shrunk for the page; the whole ones are in the folder."""
+ASKED = ("source", "reference0", "true_mask", "truth")
+CAPTIONS = {"source": "source", "reference0": "subject", "true_mask": "true region", "truth": "true answer"}
+
+
+def inlined(path: Path) -> str:
+    """A picture file as a data address: small ones as they are, larger ones shrunk."""
+    with Image.open(path) as picture:
+        if max(picture.size) <= SIDE and picture.format == "PNG":
+            return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        picture.convert("RGB").save(buffer, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def page(
+    folder: Path,
+    suite: type[Suite],
+    facts: Sequence[str],
+    sections: Sequence[Section],
+    plots: Mapping[str, bytes | None],
+    against: str,
+    shown: int,
+) -> str:
+    """The whole page. Raises `ArgumentError` without jinja2."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ArgumentError("the page needs jinja2; install the extra p2p_subject[benchmarks]") from error
+    # Everything that is inserted is escaped: prompts and errors come from anywhere.
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text())
+    shown_sections = [
+        {
+            "kind": section.kind,
+            "count": section.cases,
+            "tables": section.tables,
+            "plot": None if plots[section.kind] is None else base64.b64encode(plots[section.kind]).decode(),
+            "cases": [case_view(folder, suite, section, case) for case in worst_first(section, suite, against)[:shown]],
+        }
+        for section in sections
+    ]
+    about = [(measure.title, measure.about) for measure in suite.measures if measure.about]
+    return template.render(suite=suite.name, facts=facts, sections=shown_sections, against=against, about=about)
+
+
+def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> dict[str, Any]:
+    """One case as the page shows it: what was asked, and what each method returned."""
+    rows = {name: own[case] for name, own in section.rows.items() if case in own}
+    first = next(iter(rows.values()))
+    asked = [
+        {"caption": CAPTIONS[name], "picture": inlined(folder / first["pictures"][name])}
+        for name in ASKED
+        if name in first.get("pictures", {})
+    ]
+    return {
+        "id": case,
+        "prompts": [first.get("prompt", ""), first.get("target_prompt", "")],
+        "asked": asked,
+        "edits": [edit_view(folder, suite, name, row) for name, row in rows.items()],
+    }
+
+
+def edit_view(folder: Path, suite: type[Suite], name: str, row: Row) -> dict[str, Any]:
+    """What one method returned for a case: its pictures, its two headline values, or its error."""
+    known = {measure.name: measure for measure in suite.measures}
+    values = [short(known[key], row["metrics"].get(key)) for key in (suite.axes.fidelity, suite.axes.preservation)]
+    pictures = row.get("pictures", {})
+    return {
+        "caption": label(name, {"": row}),
+        "edited": inlined(folder / pictures["edited"]) if "edited" in pictures else None,
+        "mask": inlined(folder / pictures["mask"]) if "mask" in pictures else None,
+        "values": [value for value in values if value],
+        "error": row.get("error"),
+    }
+
+
+def short(measure: Measure, value: float | None) -> str:
+    """A value with its measure, for under a picture; nothing without a value."""
+    return "" if value is None else f"{measure.title} {measure.scale * value:.3g} {measure.unit}".strip()
+
+
+def plot(section: Section, suite: type[Suite]) -> bytes | None:
+    """Fidelity against preservation and against cost, a point a method with its intervals, as PNG; None without points."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentError("plots need matplotlib; install the extra p2p_subject[benchmarks]") from error
+    known = {measure.name: measure for measure in suite.measures}
+    fidelity, preservation, cost = (known[name] for name in (suite.axes.fidelity, suite.axes.preservation, suite.axes.cost))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    drawn = 0
+    for axes, across in zip(figure.subplots(1, 2), (preservation, cost)):
+        for number, (name, own) in enumerate(section.rows.items()):
+            x, y = (mean(list(values_of(own, measure).values())) for measure in (across, fidelity))
+            if x is None or y is None:
+                continue
+            drawn += 1
+            errors = [[[m.scale * (v.value - v.low)], [m.scale * (v.high - v.value)]] for m, v in ((across, x), (fidelity, y))]
+            axes.errorbar(
+                across.scale * x.value,
+                fidelity.scale * y.value,
+                xerr=errors[0],
+                yerr=errors[1],
+                marker="os^DvP*X<>ph"[number % 12],
+                color=f"C{number % 10}",
+                markersize=8,
+                elinewidth=0.8,
+                linestyle="",
+                label=label(name, own),
+            )
+        axes.set_xlabel(f"{across.title}{f', {across.unit}' if across.unit else ''}", fontsize=9)
+        axes.set_ylabel(fidelity.title, fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    if not drawn:
+        return None
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    buffer = io.BytesIO()
+    # Without the version of matplotlib in it, the same rows give the same file.
+    figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})
+    return buffer.getvalue()

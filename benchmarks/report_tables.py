@@ -1,0 +1,157 @@
+"""From the rows of a run to its tables: means with intervals and n, and paired differences between methods. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.run_folder import Row
+from benchmarks.statistics import Mean, mean, paired
+from benchmarks.suite import Measure, Suite
+
+ALL = "all kinds"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as texts: a title, headings, and lines of as many cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What a report says of one kind of edit: its rows by method and case, and its tables."""
+
+    kind: str
+    rows: Mapping[str, Mapping[str, Row]]
+    tables: tuple[Table, ...]
+
+    @property
+    def cases(self) -> int:
+        """Number of cases that any method ran."""
+        return len({case for own in self.rows.values() for case in own})
+
+
+def value_of(row: Row, measure: Measure) -> float | None:
+    """What a row counts as: its value, or for a case that failed what the measure says of those."""
+    return measure.failed if "error" in row else row["metrics"].get(measure.name)
+
+
+def values_of(rows: Mapping[str, Row], measure: Measure) -> dict[str, float | None]:
+    """The values of a method by case. A failure counts only in what the method has values of: it may make no masks at all."""
+    worked = [row for row in rows.values() if "error" not in row]
+    if worked and all(value_of(row, measure) is None for row in worked):
+        return dict.fromkeys(rows)
+    return {case: value_of(row, measure) for case, row in rows.items()}
+
+
+def sections(rows: Sequence[Row], suite: type[Suite], methods: Sequence[str], against: str) -> list[Section]:
+    """A section for each kind that was run, and one of all where the suite's figures are pooled; methods in their order."""
+    kinds = [kind for kind in suite.kinds if any(row["kind"] == kind for row in rows)]
+    groups = {kind: [row for row in rows if row["kind"] == kind] for kind in kinds}
+    if suite.pooled and len(kinds) > 1:
+        groups = {ALL: list(rows)} | groups
+    found = []
+    for kind, own in groups.items():
+        by_method = {name: {row["case"]: row for row in own if row["method"] == name} for name in methods}
+        by_method = {name: cases for name, cases in by_method.items() if cases}
+        if by_method:
+            found.append(Section(kind, by_method, tuple(tables(by_method, suite, against))))
+    return found
+
+
+def tables(rows: Mapping[str, Mapping[str, Row]], suite: type[Suite], against: str) -> list[Table]:
+    """The headline measures, the paired differences of one method to every other in them, and all other measures."""
+    known = {measure.name: measure for measure in suite.measures}
+    first = [known[name] for name in suite.headline]
+    rest = [measure for measure in suite.measures if measure not in first]
+    made = [_means("mean (95 % interval; n)", rows, first)]
+    if against in rows and len(rows) > 1:
+        made.append(_differences(rows, first, against))
+    return [*made, _means("the other measures", rows, rest)]
+
+
+def _means(title: str, rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure]) -> Table:
+    lines = []
+    for name, own in rows.items():
+        failed = sum("error" in row for row in own.values())
+        cells = [cell(mean(list(values_of(own, measure).values())), measure, len(own)) for measure in measures]
+        lines.append((label(name, own), *cells, str(failed)))
+    return Table(title, ("method", *map(heading, measures), "failed"), tuple(lines))
+
+
+def _differences(rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure], against: str) -> Table:
+    lines = []
+    for name, own in rows.items():
+        if name == against:
+            continue
+        cells = []
+        for measure in measures:
+            difference = paired(values_of(rows[against], measure), values_of(own, measure))
+            text = cell(difference, measure, len(own), signed=True)
+            cells.append(f"{text} {standing(difference, measure)}".strip())
+        lines.append((label(name, own), *cells))
+    title = f"{against} less the method in this line, over the cases that both have: + ahead, - behind, = neither shown"
+    return Table(title, ("method", *map(heading, measures)), tuple(lines))
+
+
+def label(name: str, rows: Mapping[str, Row]) -> str:
+    """A method's name, with a star where it was given the true mask."""
+    return f"{name} *" if any(row["mask_input"] for row in rows.values()) else name
+
+
+def heading(measure: Measure) -> str:
+    """Title, unit and an arrow for the direction that is better."""
+    unit = f", {measure.unit}" if measure.unit else ""
+    return f"{measure.title}{unit}" + {True: " ↑", False: " ↓", None: ""}[measure.higher]
+
+
+def cell(found: Mean | None, measure: Measure, total: int, signed: bool = False) -> str:
+    """A mean with its interval and n, in the measure's scale; n as "of" where some cases have no value."""
+    if found is None:
+        return f"- (0 of {total})"
+    value, low, high = (measure.scale * x for x in (found.value, found.low, found.high))
+    count = str(found.count) if found.count == found.total else f"{found.count} of {found.total}"
+    digits = _digits(max(abs(value), abs(low), abs(high)))
+    sign = "+" if signed else ""
+    return f"{value:{sign}.{digits}f} ({low:.{digits}f} to {high:.{digits}f}; {count})"
+
+
+def _digits(size: float) -> int:
+    return 1 if size >= 100 else 2 if size >= 10 else 3
+
+
+def standing(difference: Mean | None, measure: Measure) -> str:
+    """Whether a difference is ahead ("+"), behind ("-"), or its interval holds zero ("="); nothing where no way is better."""
+    if difference is None or measure.higher is None:
+        return ""
+    if difference.low <= 0 <= difference.high:
+        return "="
+    return "+" if (difference.value > 0) == measure.higher else "-"
+
+
+def worst_first(section: Section, suite: type[Suite], of: str) -> list[str]:
+    """Ids of the cases, those that `of` did worst on first: failed, then by fidelity, then by preservation, then by id."""
+    known = {measure.name: measure for measure in suite.measures}
+    wanted = [known[name] for name in (suite.axes.fidelity, suite.axes.preservation)]
+    rows = section.rows.get(of) or next(iter(section.rows.values()))
+
+    def key(case: str) -> tuple:
+        row = rows[case]
+        parts = []
+        for measure in wanted:
+            value = row["metrics"].get(measure.name)
+            # No value is no reason to be shown first; a failure is.
+            parts.append(float("inf") if value is None else value if measure.higher else -value)
+        return ("error" not in row, *parts, case)
+
+    return sorted(rows, key=key)
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown."""
+    lines = [table.columns, ("---",) * len(table.columns), *table.lines]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)

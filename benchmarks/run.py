@@ -1,0 +1,163 @@
+"""Run methods on the cases of a suite: one row a case and method, pictures beside, resumable.
+
+    python -m benchmarks.run --suite world --methods ours,direct+p2p --out runs/x
+    python -m benchmarks.report runs/x
+
+The same command goes on where a killed run stopped; more methods, kinds or cases may be added to a folder, other settings not.
+A case that raises an error is a row with its error, and counts as failed. Methods: see `benchmarks.methods`; several devices
+and processes share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.method_names import applies, described, names_of
+from benchmarks.methods import METHODS, MethodFunction
+from benchmarks.run_folder import ROWS, Row, RunFolder, read_rows
+from benchmarks.suite import Options, Suite
+from benchmarks.suites import SUITES, open_suite
+from benchmarks.worker import Settings, Worker, begin, require_possible, work
+from p2p_subject.editor import Editor
+from p2p_subject.errors import ArgumentError, P2PSubjectError
+
+Task = tuple[str, str, str]
+"""Method, kind and id of a case."""
+
+
+def plan(suite: Suite, methods: Mapping[str, MethodFunction]) -> list[Task]:
+    """What there is to run: case by case, of all kinds in turn, so that a run cut short has compared all methods.
+
+    Cases of one kind are alike in what they hold, so the first says which methods are asked for them.
+    """
+    ids = suite.ids()
+    first = {kind: suite.case(own[0]) for kind, own in ids.items()}
+    asked = {kind: [name for name, method in methods.items() if applies(method, case)] for kind, case in first.items()}
+    longest = max(map(len, ids.values()), default=0)
+    return [
+        (name, kind, own[at]) for at in range(longest) for kind, own in ids.items() if at < len(own) for name in asked[kind]
+    ]
+
+
+def record(settings: Settings, suite: Suite) -> dict[str, Any]:
+    """What the rows of a folder have in common: suite and model with all that makes them what they are."""
+    editor = Editor.from_pretrained(settings.model)
+    require_possible(editor, suite, settings.named_methods())
+    return {
+        "suite": settings.suite,
+        **suite.record(),
+        "model": settings.model,
+        "fingerprint": editor.model.fingerprint,
+        "model_guidance_scale": editor.model.guidance_scale,
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "dtype": settings.dtype,
+    }
+
+
+def rows_of(settings: Settings, tasks: Sequence[Task], devices: Sequence[str], processes: int) -> Iterator[Row]:
+    """Rows of the tasks as they are done, by `processes` processes on each device; one alone is this process."""
+    if len(devices) * processes == 1:
+        worker = Worker(settings, devices[0])
+        worker.warm_up()
+        yield from (worker.row(*task) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    for device in [device for device in devices for _ in range(processes)]:
+        queue.put(device)
+    pool = ProcessPoolExecutor(len(devices) * processes, context, begin, (settings, queue))
+    try:
+        yield from (done.result() for done in as_completed([pool.submit(work, *task) for task in tasks]))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def measure(settings: Settings, devices: Sequence[str] = ("cpu",), processes: int = 1, retry: bool = False) -> list[Row]:
+    """Run what the folder does not hold yet; returns the rows of the call's methods and cases."""
+    suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
+    tasks = plan(suite, methods)
+    folder = RunFolder(settings.out)
+    with folder.opened(record(settings, suite), {name: described(method) for name, method in methods.items()}):
+        if retry:
+            folder.forget_failures()
+        missing = [task for task in tasks if (task[0], task[2]) not in folder.rows]
+        if missing:
+            for row in tqdm(rows_of(settings, missing, devices, processes), desc="cases", total=len(missing), disable=None):
+                folder.add(row)
+        return [folder.rows[name, id] for name, _, id in tasks]
+
+
+def preview(settings: Settings) -> str:
+    """What a run would do, as text: cases and methods by kind, and how much of it the folder holds. Loads no model."""
+    suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
+    tasks = plan(suite, methods)
+    rows = read_rows(settings.out) if (settings.out / ROWS).exists() else []
+    held = {(row["method"], row["case"]) for row in rows}
+    lines = [f"suite {settings.suite}: " + ", ".join(f"{name} {value}" for name, value in suite.record().items())]
+    for kind, ids in suite.ids().items():
+        names = [name for name in methods if any(task[:2] == (name, kind) for task in tasks)]
+        lines.append(f"{kind}: {len(ids)} cases by {', '.join(names) or 'no method'}")
+    idle = [name for name in methods if not any(task[0] == name for task in tasks)]
+    lines += [f"asked for none of these cases: {', '.join(idle)}"] if idle else []
+    done = sum((name, id) in held for name, _, id in tasks)
+    return "\n".join([*lines, f"{len(tasks)} rows in {settings.out}, {done} of them done, {len(tasks) - done} to run"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 1 for bad input, with its message."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--suite", required=True, help=", ".join(SUITES))
+    every = ",".join(METHODS)
+    parser.add_argument("--methods", default=every, help=f"of: {every}; or module:function (default: all of these)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--count", type=int, help="cases a kind (default: all; of the world 200)")
+    parser.add_argument("--cases", default="", metavar="KINDS", help="kinds of edit, with commas (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="which cases, and which noise (default %(default)s)")
+    parser.add_argument("--split", default="test", help="of the world: test, or validation to choose settings on")
+    parser.add_argument("--data", type=Path, help="folder of the suite's data, where it is not drawn")
+    parser.add_argument("--model", help="model folder or hub name (default: the miniature)")
+    parser.add_argument("--steps", type=int, help="sampling steps of every method (default: each one's own, 50)")
+    parser.add_argument("--guidance", type=float, help="guidance scale of every method (default: the model's own)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model")
+    for name in ("clip", "dino", "lpips"):
+        parser.add_argument(f"--{name}", help="network of the metrics: name, folder, or 'none' (default: the published one)")
+    parser.add_argument("--devices", default="cpu", help="with commas, such as cuda:0,cuda:1 (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="processes a device (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads a process on a CPU (default %(default)s)")
+    parser.add_argument("--retry", action="store_true", help="run cases that failed again")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+    given = parser.parse_args(argv)
+    kinds = tuple(part.strip() for part in given.cases.split(",") if part.strip())
+    networks = {"clip": given.clip, "dino": given.dino, "lpips": given.lpips}
+    options = Options(given.count, kinds, given.seed, given.split, given.data, **networks)
+    methods = tuple(dict.fromkeys(names_of(given.methods)))
+    settings = Settings(
+        given.suite, methods, given.out, options, given.model, given.steps, given.guidance, given.dtype, given.threads
+    )
+    try:
+        devices = [device.strip() for device in given.devices.split(",") if device.strip()]
+        if not methods or not devices or given.processes < 1 or given.threads < 1:
+            raise ArgumentError("--methods, --devices, --processes and --threads need one or more each")
+        if given.dry_run:
+            print(preview(settings))
+            return 0
+        rows = measure(settings, devices, given.processes, given.retry)
+    except P2PSubjectError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    failed = sum("error" in row for row in rows)
+    print(f"{len(rows)} rows in {given.out}, {failed} failed; python -m benchmarks.report {given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The folder of a run: settings, rows, pictures. A run that was killed goes on; nothing is lost and nothing doubled.
+
+`run.json` holds the settings and the methods with theirs, `rows.jsonl` a row a case and method, each appended and flushed to
+the disk, `pictures/` what each method returned and what was asked. A folder belongs to one set of settings, others are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite import Case, Edited
+from p2p_subject.errors import P2PSubjectError
+from p2p_subject.outputs import atomic_write, save_image
+from p2p_subject.visible import to_gray
+
+Row = dict[str, Any]
+SETTINGS, ROWS, PICTURES, CASES, LOCK = "run.json", "rows.jsonl", "pictures", "_cases", ".lock"
+
+
+class RunError(P2PSubjectError, ValueError):
+    """The folder of a run is in use, damaged, or holds the rows of other settings."""
+
+
+def file_name(name: str) -> str:
+    """A name that any file system takes; names that differ stay different."""
+    plain = re.sub(r"[^\w.+-]", "_", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+class RunFolder:
+    """The folder of one run. `rows` are those written so far, by (method, case)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[tuple[str, str], Row] = {}
+
+    @contextmanager
+    def opened(self, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> Iterator[RunFolder]:
+        """Hold the folder for the duration of a `with` block, to add rows.
+
+        `settings` must be those that it was begun with; `methods`, by name, may be added to but not changed. What a killed run
+        left of its last line is cut off. Raises `RunError` for other settings, for damaged rows, and where another process
+        holds the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a") as lock:
+            _lock(lock, self.path)
+            known = read_settings(self.path) if (self.path / SETTINGS).exists() else None
+            merged = _merged(known, settings, methods, self.path)
+            written = (self.path / ROWS).read_bytes() if (self.path / ROWS).exists() else b""
+            whole = written[: written.rfind(b"\n") + 1]
+            self.rows = _parsed(whole, self.path)
+            if whole != written or not written:
+                atomic_write(self.path / ROWS, whole)
+            atomic_write(self.path / SETTINGS, json.dumps(merged, indent=2))
+            yield self
+
+    def add(self, row: Row) -> None:
+        """Write a row, whole, and wait until it is on the disk."""
+        key = row["method"], row["case"]
+        if key in self.rows:
+            raise RunError(f"{self.path}: a row of {key[0]!r} for {key[1]!r} is there already")
+        with (self.path / ROWS).open("ab") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows[key] = row
+
+    def forget_failures(self) -> int:
+        """Take out the rows of cases that failed, so that they are run again; returns how many there were."""
+        kept = {key: row for key, row in self.rows.items() if "error" not in row}
+        dropped = len(self.rows) - len(kept)
+        if dropped:
+            atomic_write(self.path / ROWS, b"".join(map(_line, kept.values())))
+            self.rows = kept
+        return dropped
+
+    def save_case(self, case: Case) -> dict[str, str]:
+        """Write the pictures of a case that are not there yet; their paths within the folder, by name."""
+        found = {"source": case.source, "truth": case.truth}
+        found |= {"true_mask": None if case.mask is None else to_gray(case.mask.astype(float))}
+        found |= {f"reference{number}": picture for number, picture in enumerate(case.references[:1])}
+        return self._save(CASES, case.id, found, again=False)
+
+    def save_edited(self, method: str, case: Case, edited: Edited) -> dict[str, str]:
+        """Write what a method returned; paths within the folder, by name."""
+        return self._save(file_name(method), case.id, {"edited": edited.image, "mask": edited.mask}, again=True)
+
+    def _save(self, folder: str, id: str, pictures: Mapping[str, Any], again: bool) -> dict[str, str]:
+        (self.path / PICTURES / folder).mkdir(parents=True, exist_ok=True)
+        paths = {}
+        for name, picture in pictures.items():
+            if picture is None:
+                continue
+            path = Path(PICTURES) / folder / f"{file_name(id)}.{name}.png"
+            if again or not (self.path / path).exists():
+                save_image(picture, self.path / path)
+            paths[name] = path.as_posix()
+        return paths
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `run.json` of a folder says; `RunError` where there is none."""
+    try:
+        return json.loads((path / SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is no folder of a run ({error}); make one with benchmarks.run --out {path}") from error
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a folder, those of a run under way included; a torn last line is left out."""
+    if not (path / ROWS).is_file():
+        raise RunError(f"{path} has no {ROWS}; make one with benchmarks.run --out {path}")
+    written = (path / ROWS).read_bytes()
+    return list(_parsed(written[: written.rfind(b"\n") + 1], path).values())
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def _parsed(content: bytes, path: Path) -> dict[tuple[str, str], Row]:
+    rows: dict[tuple[str, str], Row] = {}
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        where = f"{path / ROWS}, line {number}"
+        try:
+            row = json.loads(line)
+            key = row["method"], row["case"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{where}: no row ({error}); take the line out, its case is run again") from error
+        if key in rows:
+            raise RunError(f"{where}: a second row of {key[0]!r} for {key[1]!r}; take one of them out")
+        rows[key] = row
+    return rows
+
+
+def _merged(known: Row | None, settings: Mapping[str, Any], methods: Mapping[str, Any], path: Path) -> Row:
+    """The settings to write: those given, with the methods of earlier calls; `RunError` where they contradict."""
+    # As they will be read back: with lists for tuples.
+    settings, methods = json.loads(json.dumps([dict(settings), dict(methods)]))
+    if known is None:
+        return {"settings": settings, "methods": methods}
+    before = known["settings"]
+    differing = [name for name in sorted(before.keys() | settings.keys()) if before.get(name) != settings.get(name)]
+    if differing:
+        shown = "; ".join(f"{name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in differing)
+        raise RunError(f"{path} holds rows of other settings ({shown}); give another --out, or the settings that it has")
+    changed = [name for name in methods if name in known["methods"] and known["methods"][name] != methods[name]]
+    if changed:
+        raise RunError(f"{path} holds rows of {', '.join(changed)} with other settings of theirs; give another --out")
+    return {"settings": before, "methods": known["methods"] | methods}
+
+
+def _lock(file: Any, path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows; two runs into one folder then show as a doubled row
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunError(f"{path} is in use by another run; wait for it, or give another --out") from error

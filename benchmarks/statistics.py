@@ -1,0 +1,58 @@
+"""Means with bootstrap intervals, and paired differences. Pure functions; the same seed gives the same interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import bootstrap
+
+DRAWS = 2000
+
+
+def interval(values: Sequence[float], *, share: float = 0.95, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, in their unit (Efron and Tibshirani 1993, chapter 13).
+
+    One value is its own interval. Raises `ValueError` without values, and for values that are not finite.
+    """
+    sample = np.asarray(values, np.float64)
+    if sample.ndim != 1 or not len(sample) or not np.isfinite(sample).all():
+        raise ValueError(f"values of shape {sample.shape}; expected a list of one or more finite numbers")
+    if len(sample) == 1:
+        return float(sample[0]), float(sample[0])
+    found = bootstrap(
+        (sample,), np.mean, n_resamples=draws, confidence_level=share, method="percentile", random_state=seed
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over `count` of `total` cases, with its 95 % bootstrap interval; the rest have no value."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    total: int
+
+
+def mean(values: Sequence[float | None]) -> Mean | None:
+    """The mean of the values that there are; None where there are none."""
+    found = [float(value) for value in values if value is not None]
+    return Mean(float(np.mean(found)), *interval(found), len(found), len(values)) if found else None
+
+
+def paired(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> Mean | None:
+    """The mean of `ours` less `theirs`, over the cases that have both, out of the cases of either; None without any.
+
+    Both were measured on the same cases, so the interval is that of the differences, which is far narrower than those of the
+    two means.
+    """
+    return mean(
+        [
+            None if ours.get(case) is None or theirs.get(case) is None else float(ours[case]) - float(theirs[case])
+            for case in sorted(ours.keys() | theirs.keys())
+        ]
+    )

@@ -1,0 +1,194 @@
+"""What the benchmarks of editing fidelity are made of: cases, suites of them, what a method returns, what is measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from p2p_subject.checks import Word
+from p2p_subject.errors import P2PSubjectError
+from p2p_subject.tokens import phrase_pattern
+
+Values = dict[str, float | None]
+"""Measured values by name; None where a case has none, which is counted and never averaged."""
+
+
+class SuiteError(P2PSubjectError, ValueError):
+    """The data of a suite is missing, or not in its public format; or a case or kind of it does not exist."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One edit that is asked for, and what is known of its answer.
+
+    `prompt` describes `source` and `target_prompt` what it should become. `source_words` and `target_words` are the words of
+    the two prompts whose region changes. `references` show the subject, of `category`, that a swap or a generation is to
+    show. Of the answer: `mask` (H, W) bool, where the edit belongs, and `truth`, the edited picture itself. `placed` says
+    whether these are the only right place; where not (an object is added, no one said where), only a method that was given
+    the mask is measured against them. `source_mask` and `reference_mask` (H, W) bool are the object in the source and the
+    subject in the first reference. `facts` is what the suite itself needs to measure. A case without a source is one of
+    generation.
+    """
+
+    id: str
+    suite: str
+    kind: str
+    seed: int
+    prompt: str
+    target_prompt: str
+    source: Image.Image | None = None
+    source_words: tuple[Word, ...] = ()
+    target_words: tuple[Word, ...] = ()
+    references: tuple[Image.Image, ...] = ()
+    category: str | None = None
+    mask: np.ndarray | None = None
+    truth: Image.Image | None = None
+    placed: bool = True
+    source_mask: np.ndarray | None = None
+    reference_mask: np.ndarray | None = None
+    facts: Any = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height of the source in pixels."""
+        return None if self.source is None else self.source.size
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """What a method returns: the picture, of the source's size, and where it meant to edit (mode "L"; None: anywhere).
+
+    `unpasted`, called after time and memory were taken, gives the picture before original pixels were put back into it; None:
+    none were. `reach`: how far beyond the mask, in pixels, the picture may change (its feather). `trajectory` names the
+    source's generation that was edited. `cost` replaces or adds to what is counted on the editor's U-Net
+    (`benchmarks.meter`), for a method that runs networks of its own.
+    """
+
+    image: Image.Image
+    mask: Image.Image | None = None
+    unpasted: Callable[[], Image.Image] | None = None
+    reach: float = 0.0
+    trajectory: str | None = None
+    cost: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measured value: its name in rows, title, which direction is better, and the factor and unit it is shown in.
+
+    `higher` is None where neither is. `failed` is what a case that raised an error counts as; None leaves it out. `about` says
+    what the title cannot.
+    """
+
+    name: str
+    title: str
+    higher: bool | None = True
+    unit: str = ""
+    scale: float = 1.0
+    failed: float | None = None
+    about: str = ""
+
+
+COSTS = (
+    Measure("rows", "U-Net rows", False, about="of inversion and edit; a guided prediction has two"),
+    Measure("nfe", "U-Net calls", False, about="whatever the rows of each"),
+    Measure("backward_rows", "gradient rows", False, about="rows of the U-Net that a gradient came back through"),
+    Measure("seconds", "time", False, "s", about="of inversion and edit, by the clock"),
+    Measure("cpu_seconds", "CPU time", False, "s", about="of the process"),
+    Measure("peak", "peak memory", False, "MiB", 2**-20, about="over what was held before the case"),
+)
+"""What every suite has of the cost of a case; see `benchmarks.meter`."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Names of the measures that reports plot: fidelity, preservation and cost."""
+
+    fidelity: str
+    preservation: str
+    cost: str = "rows"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a suite is opened: cases a kind (None: all), kinds (empty: all), seed, split, folder of data, networks by name.
+
+    `split` is of the world. `clip`, `dino` and `lpips` are a name or a folder; None is the suite's own, "none" leaves out what
+    needs it. `device` is where these run.
+    """
+
+    count: int | None = None
+    kinds: tuple[str, ...] = ()
+    seed: int = 0
+    split: str = "test"
+    data: Path | None = None
+    clip: str | None = None
+    dino: str | None = None
+    lpips: str | None = None
+    device: str = "cpu"
+
+
+def data_folder(folder: Path | None, needed: Sequence[str], what: str, origin: str) -> Path:
+    """The folder of a suite's data, if it holds what is needed; `SuiteError` says what is missing and where it comes from."""
+    if folder is None:
+        raise SuiteError(f"{what} is not shipped: pass --data FOLDER with {', '.join(needed)}, from {origin}")
+    missing = [name for name in needed if not (folder / name).exists()]
+    if missing:
+        raise SuiteError(f"{folder}: no {', '.join(missing)}; expected the public folder of {what}, from {origin}")
+    return folder
+
+
+def occurrences(prompt: str, word: str) -> tuple[Word, ...]:
+    """A word or phrase as it is named in `prompt`: once, at each of its places, or not at all where the prompt lacks it."""
+    count = sum(1 for _ in phrase_pattern(word).finditer(prompt)) if word.strip() else 0
+    return (word,) if count == 1 else tuple((word, index) for index in range(count))
+
+
+class Suite(ABC):
+    """Cases and how their edits are measured. Opening one checks its data and loads no network."""
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    measures: ClassVar[tuple[Measure, ...]]
+    axes: ClassVar[Axes]
+    headline: ClassVar[tuple[str, ...]]
+    """Names of the measures that a report shows first."""
+    pooled: ClassVar[bool] = False
+    """Whether the published figures are means over all kinds together."""
+    needs_subjects: ClassVar[bool] = False
+    """Whether every case shows a subject, so that a model that takes none has nothing to do."""
+
+    def __init__(self, options: Options) -> None:
+        unknown = [kind for kind in options.kinds if kind not in self.kinds]
+        if unknown:
+            raise SuiteError(f"suite {self.name!r} has no cases {unknown}; its kinds are {', '.join(self.kinds)}")
+        if options.count is not None and options.count < 1:
+            raise SuiteError(f"count={options.count}; expected 1 or more cases a kind")
+        self.options = options
+
+    @abstractmethod
+    def all_ids(self) -> Mapping[str, Sequence[str]]:
+        """The ids of every case by kind, in their order."""
+
+    def ids(self) -> dict[str, list[str]]:
+        """The ids of the cases that were asked for, by kind."""
+        wanted = self.options.kinds or self.kinds
+        return {kind: list(ids)[: self.options.count] for kind, ids in self.all_ids().items() if kind in wanted and ids}
+
+    @abstractmethod
+    def case(self, id: str) -> Case:
+        """Make or read a case. Raises `SuiteError` for an id there is not."""
+
+    @abstractmethod
+    def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
+        """Values by the names of `measures`; None, or no entry, where the case has none."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """What makes two runs of the suite comparable: seed, split, data, networks and their versions."""

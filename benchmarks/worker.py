@@ -1,0 +1,166 @@
+"""What runs cases: a process with the model, the suite and the methods, on one device."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cost import machine
+from benchmarks.features import versions
+from benchmarks.meter import metered
+from benchmarks.method_names import method_of, takes_mask
+from benchmarks.methods import Method, MethodFunction
+from benchmarks.run_folder import Row, RunFolder
+from benchmarks.suite import Case, Edited, Options, Suite, SuiteError, Values
+from benchmarks.suites import open_suite
+from p2p_subject.editor import Editor
+from p2p_subject.errors import ModelError
+
+MEASURING = ("suite", "judge", "features", "meter", "methods", "metrics", "world_suite", "pie_bench", "dreambench", "dreamedit")
+"""Modules of the benchmarks that values depend on."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run: a suite and its options, methods by name, model (None: the miniature), where to, and how.
+
+    `steps` and `guidance_scale` None are each method's own.
+    """
+
+    suite: str
+    methods: tuple[str, ...]
+    out: Path
+    options: Options
+    model: str | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    dtype: str = "float32"
+    threads: int = 1
+
+    def named_methods(self) -> dict[str, MethodFunction]:
+        """The methods by name; `ArgumentError` for one there is not."""
+        return {name: method_of(name, steps=self.steps, guidance_scale=self.guidance_scale) for name in self.methods}
+
+
+@cache
+def code() -> str:
+    """Short hash of the code that values depend on."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    files = [file for folder in ("inversion", "p2p_subject") for file in sorted((root / folder).rglob("*.py"))]
+    for file in [*files, *(root / "benchmarks" / f"{name}.py" for name in MEASURING)]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions, machine and code, for every row."""
+    found = machine()
+    return {**found, "versions": found["versions"] | versions(), "code": code()}
+
+
+class Worker:
+    """The model, the suite and the methods of one process."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        torch.set_num_threads(settings.threads)
+        self.settings, self.device = settings, device
+        self.editor = Editor.from_pretrained(settings.model, device=device, dtype=getattr(torch, settings.dtype))
+        self.suite = open_suite(settings.suite, replace(settings.options, device=device))
+        self.methods = settings.named_methods()
+        require_possible(self.editor, self.suite, self.methods)
+        self.fingerprint = self.editor.model.fingerprint
+        self.folder = RunFolder(settings.out)
+
+    def warm_up(self) -> None:
+        """Load code and choose kernels before the first case is timed."""
+        first = next(ids[0] for ids in self.suite.ids().values())
+        self.editor.generate(self.suite.case(first).target_prompt, seed=0, steps=2)
+
+    def row(self, name: str, kind: str, id: str) -> Row:
+        """Run a method on a case, measure and save what it returns; a failure is a row with its error and no values."""
+        method = self.methods[name]
+        row: Row = {"suite": self.suite.name, "kind": kind, "case": id, "method": name, "mask_input": takes_mask(method)}
+        row |= {"seed": None, "device": self.device, "model": self.fingerprint, "trajectory": None} | environment()
+        values: Values = {}
+        began = time.time()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                case = self.suite.case(id)
+                row |= {"seed": case.seed, "prompt": case.prompt, "target_prompt": case.target_prompt}
+                row["pictures"] = self.folder.save_case(case)
+                with metered(self.editor.model.unet, self.editor.model.device) as cost:
+                    edited = method(self.editor, case)
+                require_fitting(edited, case, name)
+                row["trajectory"] = edited.trajectory
+                row["pictures"] |= self.folder.save_edited(name, case, edited)
+                values = self.suite.measure(case, edited, row["mask_input"]) | cost | dict(edited.cost)
+            except Exception as error:
+                row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-4)}
+        row["metrics"] = {measure.name: finite(values.get(measure.name)) for measure in self.suite.measures}
+        row["warnings"] = sorted({str(warning.message) for warning in told})
+        return row | {"began": round(began, 3)}
+
+
+def finite(value: Any) -> float | None:
+    """A value as a number, or None for one that is none: counted as missing, and never averaged."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def require_fitting(edited: Any, case: Case, name: str) -> None:
+    """Raise `SuiteError` for what a method returned that cannot be measured."""
+    if not isinstance(edited, Edited):
+        raise SuiteError(f"method {name!r} returned {type(edited).__name__}; expected benchmarks.suite.Edited")
+    for what, picture, mode in (("picture", edited.image, "RGB"), ("mask", edited.mask, "L")):
+        if picture is None and what == "mask":
+            continue
+        size = getattr(picture, "size", None)
+        if getattr(picture, "mode", None) != mode or (case.size is not None and size != case.size):
+            given = f"{type(picture).__name__} of mode {getattr(picture, 'mode', None)!r} and size {size}"
+            raise SuiteError(f"method {name!r} returned as {what} a {given}; expected mode {mode!r}, size {case.size}")
+
+
+def require_possible(editor: Editor, suite: Suite, methods: Mapping[str, MethodFunction]) -> None:
+    """Raise `ModelError` where suite or methods need subjects and the model takes none."""
+    wanting = [name for name, method in methods.items() if isinstance(method, Method) and method.subjects]
+    if editor.model.queries == 0 and (suite.needs_subjects or wanting):
+        who = f"suite {suite.name!r}" if suite.needs_subjects else f"method {', '.join(wanting)}"
+        raise ModelError(f"{editor.model.name} takes no pictures of a subject, which {who} needs; load BLIP-Diffusion")
+
+
+_WORKER: Worker | None = None
+
+
+def begin(settings: Settings, devices: Any) -> None:
+    """Initialise a process of a pool; it takes its device from a queue, and ends when its parent does."""
+    global _WORKER
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _WORKER = Worker(settings, devices.get())
+    _WORKER.warm_up()
+
+
+def _end_with_parent() -> None:
+    # A pool's processes wait for work for ever if their parent is killed.
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def work(name: str, kind: str, id: str) -> Row:
+    """The row of a case, in a process of a pool."""
+    return _WORKER.row(name, kind, id)
