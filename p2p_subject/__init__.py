@@ -21,7 +21,6 @@ _HOMES = {
     "EditSpec": "edits",
     "Editor": "editor",
     "EmbeddedSubject": "subject",
-    "HEDdetector": "control_images",
     "MixedSubject": "subject",
     "P2PSubjectError": "errors",
     "Source": "source",

@@ -91,8 +91,9 @@ class Editor:
 
         `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1, C, h, w) is the noise to
         start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is the model's own,
-        or of the shape of `control`. `callback` as in `edit`. `control` is a control picture (see `control_image`) for the
-        model's ControlNet to keep the structure to, as strongly as `control_strength`; edits of the result keep to it too.
+        or of the shape of `control`. `callback` as in `edit`. `control` is what the model's ControlNet keeps the structure to,
+        as strongly as `control_strength`: a control picture (see `control_image`), or its kind and a picture to make it of,
+        such as ("canny", "photo.png"). Edits of the result keep to it too.
         """
         model = self.model
         model.require_controllable()
@@ -108,7 +109,7 @@ class Editor:
             model.require_subject(subject)
         noise = self._noise_latents(latents, seed, size)
         if structure is not None:
-            structure = structure.resized(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
+            structure = structure.drawn(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
         maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
         with model.controlled():
             negative = model.structured(model.unconditional(negative_prompt), structure)
@@ -137,7 +138,6 @@ class Editor:
         prompt: str,
         control: Any = "canny",
         control_strength: float = 1.0,
-        size: tuple[int, int] | None = None,
         **options: Any,
     ) -> Source:
         """Subject-driven style transfer (Li et al. 2023): the style of one picture, the structure of another.
@@ -145,19 +145,16 @@ class Editor:
         `style`, such as `Subject("flower.png", "flower")`, is the subject of a generation that keeps to the structure of the
         picture `structure`; `prompt` says what it shows, beginning with an article, behind which the style is inserted: "a
         teapot on a marble table". `control` is the kind of control picture that is made of `structure`, or one that is drawn
-        already. `size` None is of the shape of `structure`, near the model's own area. `options` are those of `generate`.
-        Returns what `generate` returns; raises `ArgumentError` where the model carries no ControlNet.
+        already. `options` are those of `generate`; without a `size`, the picture has the shape of `structure`. Raises
+        `ArgumentError` where the model carries no ControlNet.
         """
         if not isinstance(style, AnySubject):
             raise SubjectError(f"style={style!r}; expected Subject(picture, category)")
         if control is None:
             raise ArgumentError("control=None; expected a kind of control picture, such as 'canny', or one that is drawn")
-        picture = load_image(structure, what="structure")
-        own = {"area": self.model.area} if size is None else {"size": self._sides(size)}
-        fitted, _ = fit(picture, multiple=self.model.multiple, **own)
-        drawn = Structure.read(control, control_strength, of=fitted, size=picture.size).picture
-        given = {"control": drawn, "control_strength": control_strength, "size": fitted.size}
-        return self.generate(prompt, subject=style, **given, **options)
+        kept = Structure.read(control, control_strength, of=load_image(structure, what="structure"))
+        given = kept.picture if kept.kind is None else (kept.kind, kept.picture)
+        return self.generate(prompt, subject=style, control=given, control_strength=control_strength, **options)
 
     @torch.no_grad()
     def invert(
@@ -201,9 +198,9 @@ class Editor:
         words = model.layout(prompt)
         picture = load_image(image)
         fitted, frame = fit(picture, multiple=model.multiple, max_pixels=max_pixels, area=model.area)
-        structure = Structure.read(control, control_strength, of=fitted, size=picture.size)
+        structure = Structure.read(control, control_strength, of=picture)
         model.require_structure(structure)
-        structure = None if structure is None else structure.resized(frame.model_size)
+        structure = None if structure is None else structure.drawn(frame.model_size)
         with model.controlled(), model.frozen():
             latents = model.encode_images([fitted])
             run = inverting.Inversion(
@@ -352,19 +349,17 @@ class Editor:
             if latents.ndim != 4 or latents.shape[:2] != (1, channels):
                 raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected (1, {channels}, h, w)")
             return require_finite(latents, "latents").to(model.device, torch.float32)
-        width, height = self._sides(model.size if size is None else size)
+        size = model.size if size is None else size
+        sides = size if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
+        if any(not isinstance(side, int) or side <= 0 or side % model.multiple for side in sides):
+            raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {model.multiple}")
+        width, height = sides
         if seed is not None:
             seed = checks.whole(seed, "seed", 0, "a whole number of 0 or more, or None for a random one")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
         # Drawn on the CPU, so that a seed means the same noise on every device.
         return torch.randn(1, channels, height // factor, width // factor, generator=generator).to(model.device)
-
-    def _sides(self, size: Any) -> tuple[int, int]:
-        sides = tuple(size) if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
-        if any(not isinstance(side, int) or side <= 0 or side % self.model.multiple for side in sides):
-            raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {self.model.multiple}")
-        return sides
 
 
 def _reporting(callback: Callback | None, after: After = lambda latents, move: latents) -> After:
