@@ -10,10 +10,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-oldest: .venv-oldest/ready
-	$(OLDEST)/python -m pytest
+	$(OLDEST)/python -m pytest --numprocesses auto --dist loadfile
 
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv

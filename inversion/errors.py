@@ -28,4 +28,4 @@ class OutputError(P2PSubjectError, OSError):
 
 
 class ModelMismatchError(P2PSubjectError, ValueError):
-    """A trajectory was made by another model or another noise schedule than the one it is used with."""
+    """Something was made with another model or another noise schedule than the one it is used with."""

@@ -21,6 +21,7 @@ _HOMES = {
     "EditSpec": "edits",
     "Editor": "editor",
     "EmbeddedSubject": "subject",
+    "Finetuned": "finetuning",
     "MixedSubject": "subject",
     "P2PSubjectError": "errors",
     "Source": "source",

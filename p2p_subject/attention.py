@@ -65,9 +65,9 @@ class ControlledAttention:
     def _controlled(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl, cross: bool
     ) -> Tensor:
-        trace, sink = control.trace, control.sink
-        if trace is not None and (cross or query.shape[2] <= trace.self_pixels):
-            trace.taken[self.layer] = query, key
+        tap, sink = control.tap, control.sink
+        if tap is not None and (cross or query.shape[2] <= tap.self_pixels):
+            tap.taken[self.layer] = query, key
         # What the targets follow: (1, H, Q, d) and (1, H, Q or S, d).
         source = (query[:1], key[:1]) if control.recorded is None else control.recorded.get(self.layer, (None, None))
         if not cross:

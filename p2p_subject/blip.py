@@ -51,9 +51,10 @@ class BlipDiffusionModel(Model):
             )
         return embeddings.to(self.device)
 
-    @torch.no_grad()
     def encode(self, layout: TokenLayout, subject: Tensor | None = None) -> Context:
         ids = torch.tensor([layout.prompt_ids], device=self.device)
         subject = None if subject is None else subject.to(self.device)
         position = layout.subject.start if subject is not None else self.pipeline.config.ctx_begin_pos
-        return Context(self.pipeline.text_encoder(ids, subject, position).to(self.unet.dtype))
+        # With gradients for a subject that is being learned alone.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and subject is not None and subject.requires_grad):
+            return Context(self.pipeline.text_encoder(ids, subject, position).to(self.unet.dtype))

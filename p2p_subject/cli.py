@@ -67,10 +67,23 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help='such as "a dog on grass"; a subject stands behind its first word')
     _subject_arguments(generate)
     _control_arguments(generate, "KIND:FILE to make one of a picture")
-    generate.add_argument("--out", required=True, metavar="FILE", help="the picture (.png, .jpg, .webp, .tif or .bmp)")
+    about = "the picture (.png, .jpg, .webp, .tif or .bmp); of several, NAME_1.png, NAME_2.png and so on"
+    generate.add_argument("--out", required=True, metavar="FILE", help=about)
+    generate.add_argument("--count", type=_count, default=1, metavar="N", help="pictures, each of the next seed (default 1)")
     generate.add_argument("--save-source", metavar="FILE", help="keep the generation (.safetensors) as SOURCE of later edits")
     _common_arguments(generate)
     _guidance_arguments(generate)
+
+    interpolate = command("interpolate", "generate a strip of frames from one subject to another")
+    interpolate.add_argument("prompt", metavar="PROMPT", help='such as "a dog on grass"; {category} is the nearer subject\'s')
+    _subject_arguments(interpolate, required=True)
+    interpolate.add_argument("--to", action="append", required=True, metavar="PICTURE", help="picture of the other subject")
+    interpolate.add_argument("--to-category", metavar="WORD", help="what the other subject is (default: the same)")
+    interpolate.add_argument("--frames", type=_count, default=7, metavar="N", help="pictures, ends included (default 7)")
+    interpolate.add_argument("--spherical", action="store_true", help="turn from one embedding to the other, not straight")
+    interpolate.add_argument("--out", required=True, metavar="FILE", help="the strip (.png, .jpg, .webp, .tif or .bmp)")
+    _common_arguments(interpolate)
+    _guidance_arguments(interpolate)
 
     stylize = command("stylize", "generate in the style of one picture along the structure of another")
     stylize.add_argument("structure", metavar="STRUCTURE", help="the picture whose structure is kept")
@@ -79,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     stylize.add_argument("--prompt", required=True, metavar="TEXT", help='what to show, such as "a teapot on a marble table"')
     stylize.add_argument("--out", required=True, metavar="FILE", help="the picture (.png, .jpg, .webp, .tif or .bmp)")
     stylize.add_argument("--save-source", metavar="FILE", help="keep the generation (.safetensors) as SOURCE of later edits")
-    _control_arguments(stylize, "the kind of it to be made of STRUCTURE")
+    _control_arguments(stylize, "the kind of it to be made of STRUCTURE (default canny)")
     stylize.set_defaults(control="canny")
     _common_arguments(stylize)
     _guidance_arguments(stylize)
@@ -96,6 +109,15 @@ def parser() -> argparse.ArgumentParser:
     _control_arguments(heatmap, "the kind of it to be made of SOURCE")
     _common_arguments(heatmap)
 
+    finetune = command("finetune", "learn a subject from a few pictures; the result is a small folder for --model")
+    finetune.add_argument("pictures", metavar="FOLDER", help="pictures of the subject; transparency is not learned")
+    finetune.add_argument("--category", required=True, metavar="WORD", help="what the subject is, such as dog")
+    finetune.add_argument("--out", required=True, metavar="FOLDER", help="the result; a run that was stopped there goes on")
+    finetune.add_argument("--masks", metavar="FOLDER", help="where the subject is, in files of the same names")
+    finetune.add_argument("--validation", metavar="FOLDER", help="held-out pictures of it, or their share of FOLDER, as 0.25")
+    _finetuning_arguments(finetune)
+    _model_arguments(finetune)
+
     demo = command("demo", "swap unseen subjects into unseen scenes, beside the true answers")
     demo.add_argument("--out", default="demo", metavar="FOLDER", help="where the pictures go (default %(default)s)")
     _common_arguments(demo)
@@ -111,9 +133,11 @@ def _source_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--method", choices=METHODS, help="how the picture's generation is recovered (default direct)")
 
 
-def _subject_arguments(own: argparse.ArgumentParser) -> None:
-    own.add_argument("--subject", action="append", metavar="PICTURE", help="picture of the subject; give it again for more")
-    own.add_argument("--category", metavar="WORD", help="what the subject is, such as dog")
+def _subject_arguments(own: argparse.ArgumentParser, *, required: bool = False) -> None:
+    otherwise = "" if required else " (default: what --model was fine-tuned on)"
+    about = f"picture of the subject; give it again for more{otherwise}"
+    own.add_argument("--subject", action="append", required=required, metavar="PICTURE", help=about)
+    own.add_argument("--category", required=required, metavar="WORD", help="what the subject is, such as dog")
 
 
 def _control_arguments(own: argparse.ArgumentParser, otherwise: str) -> None:
@@ -121,6 +145,22 @@ def _control_arguments(own: argparse.ArgumentParser, otherwise: str) -> None:
     own.add_argument("--control", metavar="KIND|FILE", help=kinds)
     own.add_argument("--control-strength", type=_strength, metavar="F", help="how strongly the structure counts (default 1)")
     own.add_argument("--controlnet", metavar="NAME", help="folder or hub name (default: the model's own, or edges)")
+
+
+def _finetuning_arguments(own: argparse.ArgumentParser) -> None:
+    """Options that are fields of `p2p_subject.finetuning.Settings`, whose defaults hold where they are not given."""
+    own.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default 80)")
+    own.add_argument("--method", choices=("lora", "full"), help="low-rank additions, or all of the U-Net (default lora)")
+    own.add_argument("--learning-rate", type=float, metavar="F", help="default 5e-4 for lora, 5e-5 for full")
+    own.add_argument("--batch", type=int, metavar="N", help="pictures a step (default 3)")
+    own.add_argument("--rank", type=int, metavar="N", help="rank of the additions (default 8)")
+    own.add_argument("--alpha", type=float, metavar="F", help="they count alpha / rank (default: the rank)")
+    own.add_argument("--train-embedding", action="store_true", default=None, help="train the subject's embedding as well")
+    own.add_argument("--prompts", nargs="+", metavar="TEXT", help="what the pictures show (default 'a {category}')")
+    own.add_argument("--prior-weight", type=float, metavar="F", help="learn pictures of the category too, to keep its word")
+    own.add_argument("--prior", metavar="FOLDER", help="these pictures, or where generated ones are kept for further runs")
+    own.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default 40)")
+    own.add_argument("--seed", type=_seed, metavar="N", help="of all that is random (default 0)")
 
 
 def _common_arguments(own: argparse.ArgumentParser) -> None:
@@ -159,6 +199,10 @@ def _window(text: str) -> float | tuple[float, ...]:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def _count(text: str) -> int:
+    return _number(text, int, 1, 1000, "a whole number from 1 to 1000")
+
+
 def _seed(text: str) -> int:
     return _number(text, int, 0, 2**63 - 1, "a whole number from 0 to 2^63 - 1")
 
@@ -195,10 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|huggingface_hub)\b")
-            from p2p_subject import commands, demo
+            from p2p_subject import commands, demo, generation_commands
             from p2p_subject.errors import P2PSubjectError
 
-            run = demo.command if arguments.command == "demo" else getattr(commands, arguments.command)
+            found = {"demo": demo.command, **{name: getattr(commands, name) for name in ("edit", "heatmap", "info")}}
+            run = found.get(arguments.command) or getattr(generation_commands, arguments.command)
             try:
                 started = time.perf_counter()
                 report, lines = run(arguments)

@@ -6,7 +6,6 @@ Everything that can be wrong is checked before a network runs, and files are wri
 from __future__ import annotations
 
 import platform
-import secrets
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -21,11 +20,13 @@ from p2p_subject import __version__
 from p2p_subject.control_images import KINDS
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
+from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
 from p2p_subject.outputs import IMAGE_FORMATS, check_target, save_image
 from p2p_subject.prompts import describe
 from p2p_subject.source import Source
 from p2p_subject.structure import EDGES, Structure
+from p2p_subject.subject import AnySubject
 from p2p_subject.viz import contact_sheet, edit_sheet, mask_area, overlay, panel_for
 
 if TYPE_CHECKING:
@@ -39,17 +40,17 @@ SAVED_SOURCE = (".safetensors",)
 
 def edit(arguments: Namespace) -> Report:
     """Edit a picture or a saved source."""
-    targets = _targets(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
+    targets = output_files(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
     blend = _blend(arguments)
     changes = given(arguments, "swap", "cross_replace", "self_replace")
     changes["weights"] = dict(arguments.weight or [])
-    spec = EditSpec(prompt=arguments.target_prompt, subject=_subject(arguments), blend=blend, **changes)
+    spec = EditSpec(prompt=arguments.target_prompt, subject=subject_of(arguments), blend=blend, **changes)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
         raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
     opened, prompt = _open(arguments)
     if arguments.mask is not None:
         load_mask(arguments.mask, getattr(opened, "image", opened).size)
-    control = _control(arguments, opened)
+    control = control_of(arguments, opened)
     editor = load_editor(arguments)
     source = _invert(editor, arguments, opened, prompt, control, spec)
     result = editor.edit(
@@ -63,7 +64,7 @@ def edit(arguments: Namespace) -> Report:
     pictures = {"image": result.image, "mask": result.mask}
     if "sheet" in targets:
         pictures["sheet"] = edit_sheet(result, source.prompt)
-    outputs = _write(targets, pictures, source)
+    outputs = write_outputs(targets, pictures, source)
     area = None if result.mask is None else mask_area(result.mask)
     report = {
         "outputs": outputs,
@@ -77,62 +78,18 @@ def edit(arguments: Namespace) -> Report:
     return report, [f"{source.prompt!r} -> {result.prompt!r}; {where} was allowed to change", *listed(outputs)]
 
 
-def generate(arguments: Namespace) -> Report:
-    """Generate a picture, of a subject if one is given."""
-    targets = _targets(image=arguments.out, source=arguments.save_source)
-    subject = _subject(arguments)
-    if arguments.seed is None:
-        # Chosen here so that it can be told: any picture can be made again.
-        arguments.seed = secrets.randbelow(2**32)
-    control = _control(arguments)
-    editor = load_editor(arguments)
-    source = editor.generate(
-        arguments.prompt,
-        subject=subject,
-        negative_prompt=arguments.negative_prompt,
-        control=control,
-        **given(arguments, "seed", "steps", "guidance_scale", "control_strength"),
-    )
-    return _generated(editor, arguments, source, targets)
-
-
-def stylize(arguments: Namespace) -> Report:
-    """Generate in the style of one picture along the structure of another."""
-    targets = _targets(image=arguments.out, source=arguments.save_source)
-    style, structure = _subject(arguments), load_image(arguments.structure, what="structure")
-    if arguments.seed is None:
-        arguments.seed = secrets.randbelow(2**32)
-    control = _control(arguments, structure)
-    editor = load_editor(arguments)
-    source = editor.stylize(
-        structure,
-        style=style,
-        prompt=arguments.prompt,
-        control=control,
-        negative_prompt=arguments.negative_prompt,
-        **given(arguments, "seed", "steps", "guidance_scale", "control_strength"),
-    )
-    return _generated(editor, arguments, source, targets)
-
-
-def _generated(editor: Editor, arguments: Namespace, source: Source, targets: dict[str, Path]) -> Report:
-    outputs = _write(targets, {"image": source.image}, source)
-    report = {"outputs": outputs, "prompt": source.prompt, **run_report(editor, arguments, source)}
-    return report, [f"{source.prompt!r}, seed {arguments.seed}", *listed(outputs)]
-
-
 def heatmap(arguments: Namespace) -> Report:
     """Show the attention to words of a picture's prompt."""
-    targets = _targets(image=arguments.out)
+    targets = output_files(image=arguments.out)
     opened, prompt = _open(arguments)
-    control = _control(arguments, opened)
+    control = control_of(arguments, opened)
     editor = load_editor(arguments)
     source = _invert(editor, arguments, opened, prompt, control, words=arguments.words)
     names = [word if isinstance(word, str) else f"{word[0]}#{word[1]}" for word in arguments.words]
     panels = [(f"“{prompt}”", source.image)]
     heats = editor.heatmaps(source, arguments.words, **given(arguments, "rule"))
     panels += [(f"“{name}”", overlay(source.image, heat)) for name, heat in zip(names, heats)]
-    outputs = _write(targets, {"image": contact_sheet([panels], panel=panel_for(source.image))}, source)
+    outputs = write_outputs(targets, {"image": contact_sheet([panels], panel=panel_for(source.image))}, source)
     report = {"outputs": outputs, "prompt": prompt, "words": names, **run_report(editor, arguments, source)}
     return report, [f"{prompt!r}: attention to {', '.join(names)}", *listed(outputs)]
 
@@ -156,6 +113,7 @@ def info(arguments: Namespace) -> Report:
     report = {
         "model": model.name,
         "folder": _folder(arguments.model),
+        "subject": None if editor.subject is None else editor.subject.category,
         "fingerprint": model.fingerprint,
         "device": str(model.device),
         "devices": devices(),
@@ -232,11 +190,13 @@ def load_editor(arguments: Namespace) -> Editor:
     """Load the model that the arguments name onto the device that they name."""
     # diffusers takes seconds to import; what can be checked before has been.
     from p2p_subject.editor import Editor
+    from p2p_subject.models import MINIATURE
 
     name, available = arguments.device, devices()
     if name is not None and name not in available and f"{name}:0" not in available:
         raise ModelError(f"--device {name!r} is not here; available: {', '.join(available)}")
-    if arguments.model is None:
+    tuned = arguments.model is not None and is_finetuned(arguments.model)
+    if arguments.model is None or (tuned and base_name(Path(arguments.model)) == MINIATURE):
         # The miniature's layers are too small to share among threads: where a core is busy, waiting for it takes minutes.
         torch.set_num_threads(1)
     options = given(arguments, "controlnet") if "controlnet" in arguments else {}
@@ -250,7 +210,7 @@ def devices() -> list[str]:
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
-def _targets(**paths: str | None) -> dict[str, Path]:
+def output_files(**paths: str | None) -> dict[str, Path]:
     """The files to write, by name of the output."""
     targets = {
         name: check_target(path, SAVED_SOURCE if name == "source" else IMAGE_FORMATS)
@@ -273,15 +233,18 @@ def require_writable(*folders: Path) -> None:
             raise OutputError(f"cannot write into {str(folder)!r} ({error.strerror or error}); give another folder") from error
 
 
-def _subject(arguments: Namespace) -> Subject | None:
+def subject_of(arguments: Namespace) -> AnySubject | None:
+    """The subject that is given, or that the model was fine-tuned on; that one only where it has a place."""
     if arguments.subject is not None:
         return Subject(arguments.subject, arguments.category or "")
     if arguments.category is not None:
         raise SubjectError(f"--category {arguments.category!r} was given without a picture of it; add --subject PICTURE")
-    return None
+    placed = arguments.command == "generate" or arguments.swap is not None
+    known = placed and arguments.model is not None and is_finetuned(arguments.model)
+    return stored_subject(Path(arguments.model)) if known else None
 
 
-def _control(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
+def control_of(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
     """`control` of a call, for the control picture that the arguments name or the kind of it, to be made of `opened`; checked.
 
     Where a ControlNet will be needed and none is named, that of the miniature is, on the miniature.
@@ -353,7 +316,7 @@ def _invert(
     return editor.invert(opened, prompt, control=control, **given(arguments, "steps", "method", "control_strength"))
 
 
-def _write(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:
+def write_outputs(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:
     """Write every output that was asked for; returns the paths by name."""
     for name, path in targets.items():
         if name == "source":

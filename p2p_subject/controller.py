@@ -42,7 +42,7 @@ class MapSink:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Tap:
     """Receives queries (rows, H, Q, d) and keys (rows, H, Q or S, d) by the name of the layer.
 
     Of every cross-attention layer, and of the self-attention layers of at most `self_pixels` pixels.
@@ -60,7 +60,7 @@ class StepControl:
     `recorded` is given, the queries and keys (1, H, Q, d) that it holds by layer. `from_source` (K, S, T) and `from_target`
     (K, T) change cross-attention's values (None: no cross-attention is changed). Self-attention of target k over at most
     `self_pixels[k]` pixels takes queries and keys of the source (0: none does). `sink` receives maps, after the edit;
-    `trace` queries and keys, before it.
+    `tap` queries and keys, before it.
     """
 
     rows: int
@@ -69,7 +69,7 @@ class StepControl:
     self_pixels: tuple[int, ...] = ()
     recorded: Mapping[str, tuple[Tensor, Tensor]] | None = None
     sink: MapSink | None = None
-    trace: Trace | None = None
+    tap: Tap | None = None
 
 
 def steps_of(window: Window, steps: int) -> range:

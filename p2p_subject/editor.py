@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm import tqdm
 
-from inversion import Move, Trajectory, TrajectoryError, require_finite, walk
-from inversion.walk import After, trace
+from inversion import walk
 from p2p_subject import checks, inverting
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
-from p2p_subject.controller import self_pixels, steps_of
 from p2p_subject.edits import Blend, EditSpec, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, SubjectError
-from p2p_subject.images import Frame, fit, load_image
+from p2p_subject.gathering import gather
+from p2p_subject.generating import generate, requests
+from p2p_subject.images import fit, load_image
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
-from p2p_subject.preparing import context_of, identities, layout_of, plan, prepare, reader
-from p2p_subject.prompts import require_subject_first, word_and_index
-from p2p_subject.recording import record
+from p2p_subject.preparing import identities, layout_of, plan, prepare
+from p2p_subject.progress import Callback, progress, reporting
+from p2p_subject.prompts import word_and_index
 from p2p_subject.results import EditResult, result_of
-from p2p_subject.sampling import guided
 from p2p_subject.source import Source
 from p2p_subject.structure import Structure
-from p2p_subject.subject import AnySubject
+from p2p_subject.subject import AnySubject, EmbeddedSubject
+
+if TYPE_CHECKING:
+    from p2p_subject.finetuning import Finetuned
 
 DEFAULT_STEPS = 50
 BUDGET = 2 << 30
 """Bytes a recording may take by default: 2 GiB; at 512x512 pixels in half precision, 50 steps need about 1.4."""
 
-T = TypeVar("T")
-Callback = Callable[[int, Tensor], None]
 
 
 class Editor:
@@ -59,8 +58,9 @@ class Editor:
     ) -> Editor:
         """Load a model: None for the miniature that comes with the library, or a folder or hub name.
 
-        BLIP-Diffusion, Stable Diffusion 1.x, 2.x and XL. `controlnet=` puts a ControlNet beside the U-Net, for `control=` of
-        the calls below: a folder, a hub name, a `ControlNetModel`, or "edges", that of the miniature. Raises `ModelError` for
+        BLIP-Diffusion, Stable Diffusion 1.x, 2.x and XL, and folders of models that were fine-tuned (`base=` names the model
+        they were made from where it is not found). `controlnet=` puts a ControlNet beside the U-Net, for `control=` of the
+        calls below: a folder, a hub name, a `ControlNetModel`, or "edges", that of the miniature. Raises `ModelError` for
         anything that is not a complete model.
         """
         return cls(Model.load(name, dtype=dtype, device=device, **options))
@@ -71,13 +71,20 @@ class Editor:
         are used, its sampling is not. Raises `ModelError` for one that cannot be edited with."""
         return cls(Model.of(pipeline))
 
+    @overload
+    def generate(
+        self, prompt: str, *, subject: AnySubject | None = None, seed: int | None = None, **options: Any
+    ) -> Source: ...
+    @overload
+    def generate(self, prompt: str | Sequence[str], **options: Any) -> list[Source]: ...
+
     @torch.no_grad()
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
-        subject: Any = None,
-        seed: int | None = None,
+        subject: AnySubject | Sequence[AnySubject | None] | None = None,
+        seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
         size: tuple[int, int] | None = None,
         steps: int = DEFAULT_STEPS,
@@ -86,49 +93,33 @@ class Editor:
         callback: Callback | None = None,
         control: Any = None,
         control_strength: float = 1.0,
-    ) -> Source:
+    ) -> Source | list[Source]:
         """Generate a picture and return it with its trajectory, ready to be edited.
 
-        `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1, C, h, w) is the noise to
-        start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is the model's own,
-        or of the shape of `control`. `callback` as in `edit`. `control` is what the model's ControlNet keeps the structure to,
-        as strongly as `control_strength`: a control picture (see `control_image`), or its kind and a picture to make it of,
-        such as ("canny", "photo.png"). Edits of the result keep to it too.
+        `prompt`, `subject` and `seed` may be lists: B pictures, a list of sources, in one batch; a value that is not in a list
+        serves every row. `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1 or B, C, h,
+        w) is the noise to start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is
+        the model's own, or of the shape of `control`. `callback` as in `edit`. `control` is what the model's ControlNet keeps
+        the structure to, as strongly as `control_strength`: a control picture (see `control_image`), or its kind and a picture
+        to make it of, such as ("canny", "photo.png"). Edits of the result keep to it too.
+
+        The steps are DDIM's, which edits need. To sample by another scheduler, with the prompt's strength of BLIP-Diffusion and
+        its repetition, call the pipeline, `editor.model.pipeline`.
         """
-        model = self.model
-        model.require_controllable()
-        structure = Structure.read(control, control_strength)
-        model.require_structure(structure)
-        if structure is not None and size is None:
-            size = fit(structure.picture, multiple=model.multiple, area=model.area)[1].model_size
-        schedule = model.schedule(steps)
-        scale = self.guidance_scale(guidance_scale)
-        target = model.layout(prompt, subject=subject is not None)
-        if subject is not None:
-            require_subject_first(target, subject.category)
-            model.require_subject(subject)
-        noise = self._noise_latents(latents, seed, size)
-        if structure is not None:
-            structure = structure.drawn(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
-        maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
-        with model.controlled():
-            negative = model.structured(model.unconditional(negative_prompt), structure)
-            embedded = None if subject is None else model.embed(subject)
-            context = model.structured(model.encode(target, embedded), structure)
-            predict = guided(model.noise, lambda index: negative, context, scale, maps)
-            kept = trace(predict, noise, _progress("generating")(schedule.sampling()), _reporting(callback))
-            image = model.decode(kept[-1])[0]
-        trajectory = Trajectory(
-            torch.cat(kept[::-1]),
-            schedule,
-            prompt,
-            "generated",
-            guidance_scale=scale,
-            fingerprint=model.fingerprint,
+        self.model.require_controllable()
+        wanted, several = requests(prompt, subject, seed)
+        sources = generate(
+            self.model,
+            wanted,
+            latents=latents,
+            size=size,
+            steps=steps,
+            guidance_scale=self.guidance_scale(guidance_scale),
             negative_prompt=negative_prompt,
+            structure=Structure.read(control, control_strength),
+            callback=callback,
         )
-        frame = Frame(image.size, image.size)
-        return Source(trajectory, image, frame, maps.mean()[0].cpu(), embedded, structure=structure)
+        return sources if several else sources[0]
 
     def stylize(
         self,
@@ -175,8 +166,9 @@ class Editor:
 
         The picture is brought to about the area the model was trained on (at most `max_pixels`), keeping its shape; results
         are brought back. `record` makes later edits cheaper, see `Editor.record`; `callback(step, latents)` is called when a
-        step begins. With a ControlNet, `control` is the control picture, or the kind of it to be made from the picture, such as
-        "canny", and `control_strength` how much it counts; edits of the source keep to it too. `method` and its `options`:
+        step begins, and again when it is recorded. With a ControlNet, `control` is the control picture, or the kind of it to be
+        made from the picture, such as "canny", and `control_strength` how much it counts; edits of the source keep to it too.
+        `method` and its `options`:
 
         - "direct" (Ju et al. 2023): DDIM inversion, the source read from the stored latents. One U-Net row a step.
         - "ddim" (Song et al. 2021): the source is generated again with guidance, as first published; it drifts.
@@ -213,12 +205,12 @@ class Editor:
                 maps=MapMean(map_size(model.unet, tuple(latents.shape[-2:])), steps),
                 prompt=prompt,
                 fingerprint=model.fingerprint,
-                progress=_progress("inverting"),
+                progress=progress("inverting"),
                 callback=callback,
             )
             trajectory = inverting.METHODS[method](run, **options)
         source = Source(trajectory, picture, frame, run.maps.mean()[0].cpu(), structure=structure)
-        return self.record(source) if record else source
+        return self.record(source, callback=callback) if record else source
 
     @torch.no_grad()
     def record(
@@ -230,39 +222,25 @@ class Editor:
         self_resolution: int | None = None,
         budget: int = BUDGET,
         device: torch.device | str | None = None,
+        callback: Callback | None = None,
     ) -> Source:
         """Gather, in one pass over a source's stored steps, what its edits borrow; they then run two U-Net rows a step.
 
         Kept are the queries of cross-attention in the first `cross_replace` of the steps and the queries and keys of
         self-attention of at most `self_resolution` in the first `self_replace`: edits with wider windows run a third row in the
         steps beyond. `budget` bytes are not exceeded: later steps are left out, with a warning. `device`: where it is kept
-        (None: with the model; "cpu" to spare a GPU's memory).
+        (None: with the model; "cpu" to spare a GPU's memory). `callback(step, latents)` is called when a step begins.
         """
-        model, trajectory = self.model, source.trajectory
-        model.require_controllable()
-        trajectory.require_model(model.fingerprint)
-        model.require_structure(source.structure)
-        if trajectory.replay:
-            inverting.require_recordable(trajectory.method)
-        budget = checks.whole(budget, "budget", 0, "a whole number of bytes, such as 2 << 30")
-        cross_window, own_window = checks.window(cross_replace, "cross_replace"), checks.window(self_replace, "self_replace")
-        if self_resolution is not None:
-            checks.whole(self_resolution, "self_resolution", 1, "1 or more latent pixels, or None")
-        steps, size = trajectory.schedule.steps, tuple(trajectory.latents.shape[-2:])
-        cross, own = steps_of(cross_window, steps).stop, steps_of(own_window, steps).stop
-        height, width = map_size(model.unet, size)
-        pixels, place = self_pixels(self_resolution, size), device or model.device
-        with model.controlled():
-            read = reader(model, trajectory, context_of(model, source))
-            recording = record(read, cross, own, pixels, height * width, budget, place, progress=_progress("recording"))
-        held = (0, 0) if recording is None else (recording.cross_steps, recording.self_steps)
-        if held[0] < cross or held[1] < own:
-            warnings.warn(
-                f"the recording holds cross-attention of {held[0]} of {cross} steps and self-attention of {held[1]} of {own}: "
-                f"no more fits in {budget} bytes; edits run a third U-Net row in the others. Give a larger budget",
-                stacklevel=3,
-            )
-        return dataclasses.replace(source, recording=recording)
+        return gather(
+            self.model,
+            source,
+            checks.window(cross_replace, "cross_replace"),
+            checks.window(self_replace, "self_replace"),
+            self_resolution,
+            checks.whole(budget, "budget", 0, "a whole number of bytes, such as 2 << 30"),
+            device,
+            callback,
+        )
 
     def heatmaps(self, source: Source, words: Sequence[Word], *, rule: str = "heat") -> list[np.ndarray]:
         """Where the source's attention to words of its prompt lies: (H, W) float32 in [0, 1] each, at the picture's size."""
@@ -319,10 +297,10 @@ class Editor:
         for prompt in identities(model, source, specs, plans):
             warnings.warn(f"the edit {prompt!r} is the identity: prompt and weights are the source's own", stacklevel=3)
         with model.controlled():
-            run = prepare(model, source, specs, plans, scale, negative_prompt, first, _progress("replaying the source"))
+            run = prepare(model, source, specs, plans, scale, negative_prompt, first, progress("replaying the source"))
             start = run.source.before(first).expand(len(specs), -1, -1, -1)
-            moves = _progress("editing")(schedule.sampling()[first:])
-            latents = walk(run.predict, start, moves, _reporting(callback, run.after), noises=run.source.noises)
+            moves = progress("editing")(schedule.sampling()[first:])
+            latents = walk(run.predict, start, moves, reporting(callback, run.after), noises=run.source.noises)
             images = [None] * len(specs) if output_type == "latent" else model.decode(latents)
         results = [
             result_of(k, run, source, spec, plans[k], latents[k : k + 1], images[k], model.scale_factor, paste)
@@ -333,6 +311,51 @@ class Editor:
                 warnings.warn(f"the mask of {result.prompt!r} is empty: nothing changed; lower its threshold", stacklevel=3)
         return results[0] if isinstance(edits, EditSpec) else results
 
+    def finetune(
+        self,
+        pictures: Any,
+        category: str,
+        *,
+        steps: int = 80,
+        masks: Any = None,
+        validation: Any = None,
+        prior: Any = None,
+        out: str | Path | None = None,
+        callback: Callable[[int, float], None] | None = None,
+        **options: Any,
+    ) -> Finetuned:
+        """Learn a subject from a few pictures of it; returns a new model, this one stays as it is, bit for bit.
+
+        The mean embedding of the pictures, computed once, stands in the prompt from the first step on, so that 40 to 120 steps
+        do (Li et al. 2023, on fine-tuning). `tuned.editor` edits with the result, `tuned.subject` is what its `generate` and
+        `swap_subject` take, `tuned.save(folder)` keeps both without the pictures.
+
+        `pictures`: a folder, or a list of anything that an image can be given as, of any shapes. `masks`: where the subject is,
+        one for each picture or a folder with files of the same names; what lies outside is not learned. Without, a picture's
+        transparency is its mask. `validation`: other pictures of the subject, or the share of `pictures` that is held out; the
+        weights that do best on them are kept, and the run ends when they stop to gain. `prior`: pictures of the category, or
+        the folder to generate them into once, for `prior_weight=`; None generates them for this run. `out`: a folder for the
+        result, with checkpoints and grids of pictures on the way; a run that was killed goes on when it is asked for again.
+        `callback(step, loss)` is called after every step and may raise to cancel. `options`: the fields of
+        `p2p_subject.finetuning.Settings`, such as `method="full"`, `rank=16` or `learning_rate=1e-4`.
+
+        Memory beside the model: with "lora" (the default; needs peft) the additions alone, which share the U-Net's weights;
+        with "full" four times the U-Net in float32 while it trains (weights, gradients, two moments; 14 GB for Stable
+        Diffusion 1.5), and one U-Net afterwards; with both, the activations of `batch` rows.
+
+        Raises `ArgumentError`, `SubjectError`, `PromptError`, `ImageError`, `MaskError`, `ModelError`, `OutputError` before a
+        network runs; `NonFiniteError` where the loss diverges.
+        """
+        from p2p_subject import finetuning
+
+        given = {"masks": masks, "validation": validation, "prior": prior, "out": out, "callback": callback}
+        return finetuning.finetune(self.model, pictures, category, steps=steps, **given, **options)
+
+    @property
+    def subject(self) -> EmbeddedSubject | None:
+        """The subject that the model was fine-tuned on, for `generate` and `swap_subject`; None for any other model."""
+        return self.model.subject
+
     def guidance_scale(self, guidance_scale: float | None = None, source: Source | None = None) -> float:
         """The scale that a call uses: for None that of the source, if it was made with guidance, else the model's."""
         if guidance_scale is None:
@@ -341,39 +364,3 @@ class Editor:
         if not checks.is_number(guidance_scale, 0):
             raise ArgumentError(f"guidance_scale={guidance_scale!r}; expected a number of 0 or more, such as 7.5")
         return float(guidance_scale)
-
-    def _noise_latents(self, latents: Tensor | None, seed: int | None, size: tuple[int, int] | None) -> Tensor:
-        model = self.model
-        channels, factor = model.unet.config.in_channels, model.scale_factor
-        if latents is not None:
-            if latents.ndim != 4 or latents.shape[:2] != (1, channels):
-                raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected (1, {channels}, h, w)")
-            return require_finite(latents, "latents").to(model.device, torch.float32)
-        size = model.size if size is None else size
-        sides = size if isinstance(size, tuple | list) and len(size) == 2 else ("", "")
-        if any(not isinstance(side, int) or side <= 0 or side % model.multiple for side in sides):
-            raise ArgumentError(f"size={size!r}; expected (width, height), positive multiples of {model.multiple}")
-        width, height = sides
-        if seed is not None:
-            seed = checks.whole(seed, "seed", 0, "a whole number of 0 or more, or None for a random one")
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        # Drawn on the CPU, so that a seed means the same noise on every device.
-        return torch.randn(1, channels, height // factor, width // factor, generator=generator).to(model.device)
-
-
-def _reporting(callback: Callback | None, after: After = lambda latents, move: latents) -> After:
-    """`after`, and then the user's callback."""
-
-    def told(latents: Tensor, move: Move) -> Tensor:
-        latents = after(latents, move)
-        if callback is not None:
-            callback(move.index, latents)
-        return latents
-
-    return told
-
-
-def _progress(what: str) -> Callable[[Iterable[T]], Iterable[T]]:
-    # disable=None: silent where stderr is not a terminal; delay: runs under two seconds show nothing.
-    return lambda items: tqdm(items, desc=what, disable=None, delay=2, leave=False)

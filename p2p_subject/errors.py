@@ -18,10 +18,12 @@ from inversion.errors import (
 __all__ = [
     "AmbiguousWordError",
     "ArgumentError",
+    "DatasetError",
     "EditSpecError",
     "HookError",
     "ImageError",
     "MaskError",
+    "MissingPackageError",
     "ModelError",
     "ModelMismatchError",
     "NonFiniteError",
@@ -42,12 +44,20 @@ class ArgumentError(P2PSubjectError, ValueError):
     """An option of a call is none of those there are, or a callback is not what is called for."""
 
 
+class DatasetError(P2PSubjectError, ValueError):
+    """A folder of training pictures, or what was made from it before, lacks something or holds something unusable."""
+
+
 class ImageError(P2PSubjectError, ValueError):
     """A picture cannot be read or is of a kind that is refused."""
 
 
 class MaskError(P2PSubjectError, ValueError):
     """A mask given by the user has the wrong shape, range or content."""
+
+
+class MissingPackageError(P2PSubjectError, ImportError):
+    """An optional package is not installed and what was asked for needs it."""
 
 
 class PromptError(P2PSubjectError, ValueError):

@@ -16,15 +16,18 @@ _NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "controlnet")
 _NOISE = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")
 
 
-def fingerprint(pipeline: DiffusionPipeline) -> str:
+def fingerprint(pipeline: DiffusionPipeline, *, controlnet: bool = True) -> str:
     """Short hash of what makes latents: U-Net, VAE, text encoders, ControlNet, the adapters on them, and noise levels.
+
+    `controlnet` False leaves the ControlNet out, for what does not depend on it.
 
     Of each weight, name, shape and up to 4,096 signs: no precision changes a sign, so the same weights have the same
     fingerprint in any of them, and training changes many.
     """
     digest = hashlib.sha256()
-    for network in (getattr(pipeline, name, None) for name in _NETWORKS):
-        if network is None:
+    for name in _NETWORKS:
+        network = getattr(pipeline, name, None)
+        if network is None or (name == "controlnet" and not controlnet):
             continue
         network = bare(network)
         for name, weight in _weights(network):

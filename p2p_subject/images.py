@@ -60,6 +60,23 @@ def load_image(source: Any, *, what: str = "image") -> Image.Image:
         return _on_white(picture)
 
 
+def load_alpha(source: Any) -> np.ndarray | None:
+    """Opacity of a picture that `load_image` reads, (H, W) float32 in [0, 1]; None for a picture that is opaque throughout."""
+    array = _as_array(source)
+    if array is None:
+        with _opened(source, "image", ImageError) as image:
+            picture = _upright(image)
+            if not picture.has_transparency_data or _deep_values(picture) is not None:
+                return None
+            array = np.asarray(picture.convert("RGBA"))
+    elif array is not source:
+        array = _channels_last(array, "image")
+    if array.ndim != 3 or array.shape[2] != 4:
+        return None
+    alpha = _to_bytes(array[..., 3], "image").astype(np.float32) / 255
+    return None if alpha.min() == 1 else alpha
+
+
 def mask_values(mask: Any) -> np.ndarray:
     """Read a mask as a (H, W) float32 array in [0, 1], of its own size: 1 is edited, 0 is kept.
 

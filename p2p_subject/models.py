@@ -21,12 +21,13 @@ from p2p_subject.context import Context
 from p2p_subject.controller import StepControl
 from p2p_subject.controlnets import residuals
 from p2p_subject.errors import ArgumentError, ModelError, SubjectError
+from p2p_subject.finetuning.stored import is_finetuned
 from p2p_subject.fingerprint import fingerprint
 from p2p_subject.images import to_tensor
 from p2p_subject.loading import find_model, load_pipeline, miniature_folder
 from p2p_subject.outputs import to_pil
 from p2p_subject.structure import EDGES, Structure
-from p2p_subject.subject import AnySubject
+from p2p_subject.subject import AnySubject, EmbeddedSubject
 from p2p_subject.supported import bare, require_editable, unsupported
 from p2p_subject.tokens import TokenLayout, layout
 
@@ -54,6 +55,8 @@ class Model:
 
     def __init__(self, pipeline: DiffusionPipeline, name: str, guidance_scale: float | None = None) -> None:
         self.pipeline, self.name = pipeline, name
+        self.subject: EmbeddedSubject | None = None
+        """The subject that the model was fine-tuned on, if any."""
         self.guidance_scale = self.default_guidance if guidance_scale is None else float(guidance_scale)
         # Of the network, not of this wrapper: two editors may share a pipeline.
         self._lock = _LOCKS.setdefault(bare(pipeline.unet), threading.RLock())
@@ -65,10 +68,14 @@ class Model:
     ) -> Model:
         """Load the miniature (None), a folder or a hub name, of BLIP-Diffusion or Stable Diffusion 1.x, 2.x or XL.
 
-        `options` are those of `BlipDiffusionPipeline.from_pretrained`: hub options, `variant`, parts to replace, and
-        `controlnet=`, see `load_pipeline`. Raises `ModelError` when the folder or name is no such model, or a weight of it is
-        missing.
+        The folder of a fine-tuned model loads what it was made from as well, or takes `base=`. Other `options` are those of
+        `BlipDiffusionPipeline.from_pretrained`: hub options, `variant`, parts to replace, and `controlnet=`, see
+        `load_pipeline`. Raises `ModelError` when the folder or name is no such model, or a weight of it is missing.
         """
+        if name is not None and is_finetuned(name):
+            from p2p_subject.finetuning.result import load_finetuned
+
+            return load_finetuned(Path(name), dtype=dtype, device=device, **options).model
         folder = find_model(name, options)
         # The miniature is stored in half precision and computed in single: a CPU has no fast half arithmetic.
         pipeline = load_pipeline(folder, dtype or torch.float32, **options)
@@ -256,7 +263,7 @@ class Model:
         return to_epsilon(output.float(), latents, move.alpha_t, self.pipeline.scheduler.config.prediction_type)
 
     @torch.no_grad()
-    def trace(self, latents: Tensor, timesteps: Tensor, context: Context, control: StepControl) -> None:
+    def read(self, latents: Tensor, timesteps: Tensor, context: Context, control: StepControl) -> None:
         """One U-Net call for what `control` reads of its attention alone; rows (R, C, h, w) may differ in timestep (R,)."""
         self._call(latents, timesteps.to(latents.device), context, control)
 

@@ -154,7 +154,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         if target.exists():
             shutil.copymode(target, temporary)
+        mode = temporary.stat().st_mode
         yield temporary
+        # Some writers put a file of their own, which nobody else may read, in its place.
+        temporary.chmod(mode)
         with open(temporary, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)

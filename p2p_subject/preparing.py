@@ -36,14 +36,21 @@ def context_of(model: Model, source: Source) -> Context:
     return model.structured(model.encode(layout_of(model, source), source.subject), source.structure)
 
 
-def reader(model: Model, trajectory: Trajectory, context: Context) -> Read:
-    """What reads the attention of a stored generation: its steps are independent, so one call takes several."""
+def reader(
+    model: Model, trajectory: Trajectory, context: Context, callback: Callable[[int, Tensor], None] | None = None
+) -> Read:
+    """What reads the attention of a stored generation: its steps are independent, so one call takes several.
+
+    `callback(step, latents (1, C, h, w))` is called for each before the network is.
+    """
     latents = trajectory.to(model.device)
 
     def read(steps: range, control: StepControl) -> None:
+        for index in steps if callback is not None else ():
+            callback(index, latents.before(index))
         rows = torch.cat([latents.before(index) for index in steps])
         timesteps = torch.tensor([trajectory.schedule.timesteps[index] for index in steps])
-        model.trace(rows, timesteps, context.expand(len(steps)), control)
+        model.read(rows, timesteps, context.expand(len(steps)), control)
 
     return read
 

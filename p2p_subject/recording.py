@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from inversion import TrajectoryError
-from p2p_subject.controller import MapSink, StepControl, Trace
+from p2p_subject.controller import MapSink, StepControl, Tap
 
 Layers = dict[str, tuple[Tensor, Tensor]]
 PREFIX = "recording."
@@ -107,7 +107,7 @@ class Recording:
 
 
 def record(
-    trace: Callable[[range, StepControl], None],
+    read: Callable[[range, StepControl], None],
     cross_steps: int,
     self_steps: int,
     self_pixels: int,
@@ -119,7 +119,7 @@ def record(
 ) -> Recording | None:
     """Gather a recording of the first steps of a source, as many as `budget` bytes hold, on `device`; None if none do.
 
-    `trace(steps, control)` runs the network once with a row for each of those sampling steps, under `control`. Steps are
+    `read(steps, control)` runs the network once with a row for each of those sampling steps, under `control`. Steps are
     gathered `batch` at a time.
     """
     queries: dict[str, list[Tensor]] = {}
@@ -129,8 +129,8 @@ def record(
     for steps in progress(list(_batches(max(cross_steps, self_steps), batch))):
         if full:
             break
-        taken, sink = Trace(self_pixels), MapSink(tuple(range(len(steps))), map_pixels)
-        trace(steps, StepControl(rows=len(steps), trace=taken, sink=sink))
+        taken, sink = Tap(self_pixels), MapSink(tuple(range(len(steps))), map_pixels)
+        read(steps, StepControl(rows=len(steps), tap=taken, sink=sink))
         maps_of_steps = sink.mean()
         for row, index in enumerate(steps):
             wanted = {

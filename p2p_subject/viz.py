@@ -61,7 +61,8 @@ def edit_sheet(result: EditResult, prompt: str) -> Image.Image:
     named = [result.spec.swap] if blend is None or blend.source_words is None else blend.source_words
     sources = [word_and_index(word)[0] for word in named if word is not None]
     row: list[Panel] = [(f"source: “{prompt}”", result.source_image)]
-    row += [] if subject is None else [(f"subject: this {category}", picture) for picture in subject.pictures]
+    # A subject that was learned has no pictures any more.
+    row += [(f"subject: this {category}", picture) for picture in getattr(subject, "pictures", ())]
     for key, heat in result.maps.items():
         # The maps of the target's words tell where the new subject is.
         in_result = of_target(key, sources)

@@ -40,14 +40,13 @@ def miniature_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import AutoencoderKL
     from safetensors.torch import save_file
 
-    from p2p_subject.training import export, vae
-    from p2p_subject.training.representation import RepresentationTrainer
+    from p2p_subject.training import export, miniature, vae
 
     folder = tmp_path_factory.mktemp("miniature")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoencoderKL(**vae.CONFIG).save_pretrained(folder / "parts" / "vae")
-        save_file(RepresentationTrainer().state_dict(), folder / "parts" / "ema.safetensors")
+        save_file(torch.nn.ModuleDict(miniature.networks()).state_dict(), folder / "parts" / "ema.safetensors")
     model = folder / "model"
     export.export(folder / "parts", folder / "parts" / "vae", model, torch.float32)
     return model

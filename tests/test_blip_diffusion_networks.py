@@ -38,6 +38,21 @@ def test_the_subject_stands_where_it_is_put(text_encoder):
     assert torch.equal(plain, spliced)
 
 
+def test_each_prompt_may_have_its_own_position(text_encoder):
+    generator = torch.Generator().manual_seed(4)
+    positions = [0, 2, 7, 9]
+    ids = torch.randint(0, TEXT.vocab_size, (len(positions), 9), generator=generator)
+    subjects = torch.randn(len(positions), 4, TEXT.hidden_size, generator=generator, requires_grad=True)
+    together = text_encoder(ids, subjects, torch.tensor(positions))
+    alone = [text_encoder(ids[row : row + 1], subjects[row : row + 1], at) for row, at in enumerate(positions)]
+    assert deviation(together, torch.cat(alone)) < 1e-5
+    together.square().sum().backward()
+    assert (subjects.grad.abs().sum((1, 2)) > 0).all()
+    for wrong in (torch.tensor([0, 2, 7, 10]), torch.tensor([0, -1, 7, 9]), torch.tensor([2, 2]), torch.full((4,), 2.0)):
+        with pytest.raises(ModelError, match="context_position"):
+            text_encoder(ids, subjects, wrong)
+
+
 def test_later_tokens_do_not_change_earlier_outputs(text_encoder):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, TEXT.vocab_size, (1, 12), generator=generator)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors import SafetensorError
 
-from p2p_subject import cli, commands, demo, editor, inverting
+from p2p_subject import cli, commands, demo, generation_commands, inverting, progress
 from p2p_subject.edits import Blend, EditSpec
 from p2p_subject.training import world
 
@@ -23,6 +23,7 @@ def test_the_command_line_offers_every_inversion_method() -> None:
     assert list(cli.METHODS) == list(inverting.METHODS)
 
 
+COMMANDS = ("edit", "generate", "interpolate", "stylize", "finetune", "heatmap", "demo", "info")
 HEAVY = ("torch", "diffusers", "transformers", "scipy", "numpy", "PIL")
 
 
@@ -123,7 +124,7 @@ class TestEdit:
                 return self.editor.edit(source, spec, **options)
 
         load = commands.load_editor
-        monkeypatch.setattr(commands, "load_editor", lambda arguments: Recorder(load(arguments)))
+        monkeypatch.setattr(commands, "load_editor", lambda *arguments: Recorder(load(*arguments)))
         options = ("--cross-replace", "0.2,0.9", "--self-replace", "0.1", "--threshold", "0.5", "--rule", "peak", "--no-paste")
         shell.report(*SWAP, *options, "--guidance-scale", "2", "--negative-prompt", "a tree")
         assert (seen["spec"].cross_replace, seen["spec"].self_replace) == ((0.2, 0.9), (0.0, 0.1))
@@ -140,8 +141,8 @@ class TestEdit:
 
     @pytest.mark.parametrize("terminal", [False, True])
     def test_progress_shows_on_a_terminal_only(self, shell, monkeypatch, terminal):
-        bar = editor.tqdm
-        monkeypatch.setattr(editor, "tqdm", lambda *given, **options: bar(*given, **(options | {"delay": 0})))
+        bar = progress.tqdm
+        monkeypatch.setattr(progress, "tqdm", lambda *given, **options: bar(*given, **(options | {"delay": 0})))
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
         code, _, err = shell(*SWAP)
         assert code == 0 and ("inverting" in err and "editing" in err if terminal else err == "")
@@ -350,7 +351,8 @@ class TestMistakes:
 
         # Simulated, because a superuser may write nearly anywhere.
         monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-        monkeypatch.setattr(commands, "load_editor", lambda *_: pytest.fail("a model was loaded"))
+        for module in (commands, generation_commands):
+            monkeypatch.setattr(module, "load_editor", lambda *_: pytest.fail("a model was loaded"))
         (shell.folder / "locked").mkdir()
         command = {"edit": SWAP, "generate": ("generate", "a dog", "--out", "{tmp}/out.png")}[name]
         code, _, err = shell(*command, "--save-source", "{tmp}/locked/a.safetensors")
@@ -436,7 +438,7 @@ class TestDevices:
 class TestProcess:
     @pytest.mark.parametrize(
         "arguments",
-        [["--version"], ["--help"], *([name, "--help"] for name in ("edit", "generate", "heatmap", "demo", "info"))],
+        [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)],
     )
     def test_help_imports_nothing_heavy(self, arguments):
         code = (
@@ -452,3 +454,38 @@ class TestProcess:
         command = [sys.executable, "-m", "p2p_subject", *words, "--model", str(shell.model), "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stderr == "" and json.loads(done.stdout)["prompt"] == "a dog on grass"
+
+
+class TestSeveralPictures:
+    GENERATE = ("generate", "a dog on grass", "--subject", "{dog0}", "--category", "dog", "--steps", "2", "--seed", "3")
+    DOG = ("--subject", "{dog0}", "--category", "dog", "--steps", "2")
+    STRIP = ("interpolate", "a {{category}} on grass", *DOG, "--to", "{dog1}")
+
+    def test_pictures_of_one_seed_after_another_go_to_numbered_files(self, shell) -> None:
+        report = shell.report(*self.GENERATE, "--count", "5", "--out", "{tmp}/dog.png")
+        assert shell.written() == [f"dog_{k}.png" for k in range(1, 6)] and len(report["outputs"]) == 5
+        shell.report(*self.GENERATE[:-1], "4", "--out", "{tmp}/alone.png")
+        second, alone = (np.asarray(Image.open(shell.folder / name), int) for name in ("dog_2.png", "alone.png"))
+        # In one batch with others, sums of float32 may round otherwise.
+        assert np.abs(second - alone).max() <= 1
+
+    def test_a_strip_goes_from_one_subject_to_the_other(self, shell) -> None:
+        report = shell.report(*self.STRIP, "--to-category", "cat", "--frames", "5", "--spherical", "--out", "{tmp}/strip.png")
+        assert report["amounts"] == [0, 0.25, 0.5, 0.75, 1]
+        assert report["prompts"] == ["a dog on grass"] * 2 + ["a cat on grass"] * 3
+        width, height = Image.open(shell.folder / "strip.png").size
+        assert width > 5 * height
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((*GENERATE, "--count", "0"), "a whole number from 1 to 1000"),
+            ((*GENERATE, "--count", "2", "--save-source", "{tmp}/s.safetensors"), "--save-source keeps one generation"),
+            ((*STRIP, "--frames", "x"), "a whole number from 1 to 1000"),
+            (("interpolate", "a dog", "--subject", "{dog0}", "--category", "dog", "--to", "no.png"), "there is no such file"),
+            (("interpolate", "a dog", "--subject", "{dog0}", "--to", "{dog1}"), "--category"),
+        ],
+    )
+    def test_wrong_arguments_write_nothing(self, shell, arguments, message: str) -> None:
+        code, _, err = shell(*arguments, "--out", "{tmp}/out.png")
+        assert code == 2 and message in err and shell.written() == []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from p2p_subject.alignment import Alignment
 from p2p_subject.attention import ControlledAttention, controlled_attention, map_size
-from p2p_subject.controller import Controller, MapSink, StepControl, Trace, compile_edits, self_pixels, steps_of
+from p2p_subject.controller import Controller, MapSink, StepControl, Tap, compile_edits, self_pixels, steps_of
 from p2p_subject.edits import EditSpec
 from p2p_subject.errors import EditSpecError, HookError
 from p2p_subject.prompts import aligned
@@ -105,13 +105,13 @@ def test_changed_values_equal_changed_maps(seed: int, count: int, gate: str, sid
     latents = torch.randn(rows, 4, 8, 8, generator=generator, dtype=torch.float64)
     context = torch.randn(rows, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     controller = compiled(edits, side * side)
-    sink, trace = MapSink(rows=tuple(range(rows)), pixels=16), Trace(side * side)
+    sink, tap = MapSink(rows=tuple(range(rows)), pixels=16), Tap(side * side)
     short = MapSink(rows=tuple(range(rows - 1)), pixels=16)
     with torch.no_grad(), controlled_attention(unet):
         ours = unet(latents, 500, context, cross_attention_kwargs={"control": controller.at(0, rows, sink)}).sample
-        record = StepControl(rows=1, trace=trace)
+        record = StepControl(rows=1, tap=tap)
         unet(latents[:1], 500, context[:1], cross_attention_kwargs={"control": record})
-        replayed = controller.at(0, rows - 1, short, trace.taken)
+        replayed = controller.at(0, rows - 1, short, tap.taken)
         recorded = unet(latents[1:], 500, context[1:], cross_attention_kwargs={"control": replayed}).sample
     oracle = ExplicitMaps(edits, side * side)
     unet.set_attn_processor(oracle)
@@ -121,7 +121,7 @@ def test_changed_values_equal_changed_maps(seed: int, count: int, gate: str, sid
     read = torch.stack([maps for pixels, maps in oracle.seen if pixels == 16]).mean(0)
     # Maps are read in float32.
     assert (sink.mean() - read).abs().max() < 1e-6 and (short.mean() - read[1:]).abs().max() < 1e-6
-    assert set(trace.taken) >= {name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name}
+    assert set(tap.taken) >= {name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name}
 
 
 def test_without_a_control_the_network_computes_what_it_did() -> None:

@@ -358,6 +358,21 @@ def test_a_callback_is_told_every_step_once_and_may_cancel(editor, method) -> No
     assert all(weight.requires_grad for weight in editor.model.unet.parameters())
 
 
+def test_a_recording_tells_its_callback_every_step_it_reads_and_may_be_cancelled(editor, source) -> None:
+    told = {}
+    whole = editor.record(source, cross_replace=0.8, callback=told.__setitem__)
+    assert [*told] == [*range(whole.recording.cross_steps)]
+    assert all(torch.equal(latents, source.trajectory.before(step)) for step, latents in told.items())
+
+    def cancel(step: int, latents: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    before = editor.model.unet.attn_processors
+    with pytest.raises(KeyboardInterrupt):
+        editor.record(source, callback=cancel)
+    assert editor.model.unet.attn_processors == before
+
+
 def test_unknown_methods_and_options_are_refused_before_any_network(editor, monkeypatch) -> None:
     Counted(editor, monkeypatch)
     with pytest.raises(ArgumentError, match="Did you mean 'null_text'"):

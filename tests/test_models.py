@@ -286,7 +286,7 @@ def test_a_trace_takes_rows_of_several_timesteps(models) -> None:
     context = model.encode(model.layout(PROMPT)).expand(2)
     hook = model.unet.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
     with model.controlled():
-        assert model.trace(noisy(2), torch.tensor([7, 3]), context, StepControl(rows=2)) is None
+        assert model.read(noisy(2), torch.tensor([7, 3]), context, StepControl(rows=2)) is None
     hook.remove()
     assert seen[0].tolist() == [7, 3]
 

@@ -19,7 +19,9 @@ def model(miniature_folder) -> Model:
 
 
 def test_rows_are_counted_and_ratios_printed(model) -> None:
-    published, ours, batched = benchmark.measure(model, pictures=2, steps=STEPS, scale=4.0)
+    published, frozen, ours, batched = benchmark.measure(model, pictures=2, steps=STEPS, scale=4.0)
+    assert (frozen.forward, frozen.backward, frozen.error) == (published.forward, published.backward, published.error)
+    assert all(weight.requires_grad and weight.grad is None for weight in model.unet.parameters())
     # Of each picture: the path, then a conditional row, 10 inner steps at most, and two rows in each step.
     assert published.forward == 2 * STEPS * (1 + 1 + 2) + published.backward
     assert 2 * STEPS <= published.backward <= 2 * STEPS * 10

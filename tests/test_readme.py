@@ -19,7 +19,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys) -> None:
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
     edits = {f"edit_{number}.png" for number in range(5)}
-    assert {path.name for path in tmp_path.iterdir()} == {"edited.png", "mask.png", "heatmap.png", *edits}
+    assert {path.name for path in tmp_path.iterdir()} == {"edited.png", "mask.png", "heatmap.png", "my_dog", *edits}
     assert "dog" in capsys.readouterr().out
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertTokenizer, CLIPTokenizer
 
 from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
 from p2p_subject.training.backgrounds import PAINTERS, PHRASES, paint
+from p2p_subject.training.denoising import Denoising
 from p2p_subject.training.loop import RunConfig, learning_rate, run
-from p2p_subject.training.representation import RepresentationTrainer, start_from_model
-from p2p_subject.training.scenes import Cache, Shares, make_cache
+from p2p_subject.training.miniature import LEARNING, SETTINGS, networks
+from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, start
+from p2p_subject.training.scenes import Cache, make_cache
 from p2p_subject.training.tokenizers import WORDS, save_clip_tokenizer, save_word_piece_tokenizer
 from p2p_subject.training.vae import VAETrainer, fold_statistics, scene_batch
 
@@ -150,28 +154,114 @@ def test_folding_gives_unit_latents_and_the_same_pictures() -> None:
     assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3)
 
 
-def test_representation_learning_takes_a_step_with_every_part_in_it(tmp_path) -> None:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Cache:
+    folder = tmp_path_factory.mktemp("scenes")
     torch.manual_seed(0)
-    VAETrainer().vae.save_pretrained(tmp_path / "vae")
-    make_cache(tmp_path / "scenes", tmp_path / "vae", 70)
-    batch = Cache(tmp_path / "scenes").batch(np.arange(58, 70), np.arange(12) % 2 == 0, Shares(0.25, 0.25))
-    assert batch["split"].tolist() == [6, 3, 3] and batch["latents"].shape == (12, 4, 16, 16)
-    clip = CLIPTokenizer.from_pretrained(tmp_path / "scenes" / "tokenizer")
+    VAETrainer().vae.save_pretrained(folder / "vae")
+    make_cache(folder / "scenes", folder / "vae", 70)
+    return Cache(folder / "scenes")
+
+
+def miniature_trainer(learning: SubjectLearning = LEARNING) -> SubjectTrainer:
+    return SubjectTrainer(**networks(), **SETTINGS, learning=learning)
+
+
+def test_a_batch_says_where_its_words_stand(cache, tmp_path) -> None:
+    batch = cache.batch(np.arange(58, 70), np.arange(12) % 2 == 0)
+    assert batch["latents"].shape == (12, 4, 16, 16)
+    save_clip_tokenizer(tmp_path)
+    clip = CLIPTokenizer.from_pretrained(tmp_path)
     for row, index in enumerate(range(58, 70)):
         spec = world.sample("train", index)
         category, background = (clip.decode([int(batch["ids"][row, c])]).strip() for c in batch["columns"][row])
         assert category == spec.look.category and background == PHRASES[spec.background].split()[-1]
-    trainer = RepresentationTrainer(attention_weight=0.05)
-    losses = trainer(**batch)
+
+
+def test_representation_learning_takes_a_step_with_every_part_in_it(cache) -> None:
+    torch.manual_seed(0)
+    trainer = miniature_trainer(replace(LEARNING, attention_weight=0.05)).train()
+    losses = trainer(**cache.batch(np.arange(12), np.arange(12) % 2 == 0))
     losses["loss"].backward()
     assert set(losses) == {"loss", "denoising", "auxiliary", "category", "coverage"}
     for part in (trainer.unet, trainer.text_encoder, trainer.qformer.visual_encoder, trainer.qformer.proj_layer):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
 
 
+@pytest.mark.parametrize(
+    ("changes", "frozen"),
+    [
+        ({}, {"qformer.visual_encoder"}),
+        ({"train_text_encoder": False}, {"qformer.visual_encoder", "text_encoder"}),
+        ({"category_text": False}, {"qformer.visual_encoder"}),
+        ({"shares": Shares(0.0, 0.0)}, {"qformer.visual_encoder"}),
+    ],
+)
+def test_the_papers_recipe_and_its_ablations_train_what_they_say(cache, changes: dict, frozen: set[str]) -> None:
+    torch.manual_seed(0)
+    trainer = miniature_trainer(SubjectLearning(**changes)).train()
+    batch = cache.batch(np.arange(8), np.zeros(8))
+    trainer(**batch)["loss"].backward()
+    for name in ("unet", "text_encoder", "qformer.encoder", "qformer.visual_encoder"):
+        moved = any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.get_submodule(name).parameters())
+        assert moved == (name not in frozen), name
+    words = trainer.qformer.embeddings.word_embeddings.weight.grad
+    assert (words is not None and words.abs().sum() > 0) == changes.get("category_text", True)
+
+
+def test_shares_leave_out_subject_and_caption_in_expectation() -> None:
+    torch.manual_seed(0)
+    drawn = np.array([Shares(0.15, 0.1).split(3) for _ in range(4000)])
+    assert (drawn.sum(1) == 3).all() and (drawn >= 0).all()
+    assert np.allclose(drawn.mean(0) / 3, (0.75, 0.15, 0.1), atol=0.02)
+    assert Shares(0.25, 0.25).split(8) == [4, 2, 2] and Shares(0.0, 0.0).split(5) == [5, 0, 0]
+
+
+def test_pictures_train_as_their_latents_do(cache) -> None:
+    """With an autoencoder in the trainer, batches hold pictures; its weights are in no checkpoint."""
+    torch.manual_seed(0)
+    vae = VAETrainer().vae
+    trainer = SubjectTrainer(**networks(), **SETTINGS, vae=vae)
+    pixels = scene_batch(np.arange(4))
+    drawn = trainer.clean(pixels, None)
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    assert drawn.shape == (4, 4, 16, 16) and torch.allclose(drawn, posterior.mean, atol=6 * float(posterior.std.max()))
+    assert not any(name.startswith("vae.") for name in trainer.state_dict())
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    trainer.load_state_dict(trainer.state_dict())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("max_snr", [None, 5.0])
+def test_the_denoising_loss_is_that_of_the_formula(prediction: str, max_snr: float | None) -> None:
+    """In each way of predicting, min-SNR weighs the error of the clean latents by min(SNR, 5) (Hang et al. 2023)."""
+    torch.manual_seed(0)
+    denoising = Denoising({**SETTINGS["scheduler"], "prediction_type": prediction}, max_snr)
+    clean, guess = torch.randn(6, 4, 8, 8), torch.randn(6, 4, 8, 8)
+    seen = {}
+
+    def predict(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha = denoising.alphas[t].view(-1, 1, 1, 1)
+        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        # What a network answers whose guess of the clean latents is `guess`.
+        guessed_noise = (noisy - alpha.sqrt() * guess) / (1 - alpha).sqrt()
+        velocity = alpha.sqrt() * guessed_noise - (1 - alpha).sqrt() * guess
+        answer = {"epsilon": guessed_noise, "v_prediction": velocity, "sample": guess}[prediction]
+        true = {"epsilon": noise, "v_prediction": alpha.sqrt() * noise - (1 - alpha).sqrt() * clean, "sample": clean}
+        snr = alpha / (1 - alpha)
+        error = (guess - clean).square()
+        plain = (answer - true[prediction]).square()
+        seen["loss"] = (plain if max_snr is None else error * snr.clamp(max=max_snr)).mean()
+        return answer
+
+    loss = denoising(predict, clean)
+    assert torch.allclose(loss, seen["loss"], rtol=1e-2)
+
+
 def test_explicit_attention_computes_what_the_network_does() -> None:
     torch.manual_seed(0)
-    unet = RepresentationTrainer().unet.eval()
+    unet = networks()["unet"].eval()
     latents, context = torch.randn(2, 4, 16, 16), torch.randn(2, 24, 128)
     with torch.no_grad():
         plain = unet(latents, 100, context).sample
@@ -196,10 +286,51 @@ def test_coverage_is_best_where_the_word_covers_the_object() -> None:
     assert loss(0.4 * inside) < loss(peaked) < loss(0.4 * (1 - inside))
 
 
-def test_training_can_go_on_from_a_model_folder(miniature_folder) -> None:
-    trainer, other = RepresentationTrainer(), RepresentationTrainer()
-    start_from_model(trainer, miniature_folder)
-    start_from_model(other, miniature_folder)
-    assert all(torch.equal(a, b) for a, b in zip(trainer.unet.state_dict().values(), other.unet.state_dict().values()))
+def test_training_can_go_on_from_a_model_folder_and_from_runs_of_any_stage(miniature_folder, tmp_path) -> None:
+    trainer = miniature_trainer()
+    start(trainer, miniature_folder)
     stored = load_file(miniature_folder / "qformer" / "model.safetensors")["query_tokens"]
     assert torch.equal(trainer.qformer.query_tokens, stored)
+    unet = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
+    other = networks()["qformer"]
+    save_file({f"qformer.{name}": value for name, value in other.state_dict().items()}, tmp_path / "ema.safetensors")
+    start(trainer, tmp_path / "ema.safetensors")
+    assert torch.equal(trainer.qformer.query_tokens, other.query_tokens)
+    assert all(torch.equal(value, unet[name]) for name, value in trainer.unet.state_dict().items())
+    save_file({"word": torch.zeros(1)}, tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="holds none of unet, text_encoder, qformer"):
+        start(trainer, tmp_path / "nothing.safetensors")
+
+
+def test_batches_that_are_accumulated_make_the_step_of_one_large_batch(tmp_path) -> None:
+    class Exact(Line):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": (self.layer(x) - x.sum(-1, keepdim=True)).square().mean()}
+
+    def config(name: str, **changes) -> RunConfig:
+        return RunConfig(tmp_path / name, 6, 0.05, warmup=1, decay_from=1.0, checkpoint_every=6, precision="no", **changes)
+
+    def large(step: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.cat([line_batches(2 * step + part, 0, 1)["x"] for part in (0, 1)])}
+
+    def split(step: int, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+        return {"x": large(step, 0, 1)["x"].chunk(world_size)[rank]}
+
+    run(config("large"), Exact, large)
+    run(config("accumulated", accumulate=2), Exact, line_batches)
+    run(config("two", processes=2), Exact, split)
+    weights = [load_file(tmp_path / name / "ema.safetensors")["layer.weight"] for name in ("large", "accumulated", "two")]
+    assert torch.allclose(weights[0], weights[1], atol=1e-6) and torch.allclose(weights[0], weights[2], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accumulate": 0}, "accumulate must be 1 or more"),
+        ({"precision": "half"}, "expected 'no', 'bf16' or 'fp16'"),
+        ({"processes": 2, "device": "cuda"}, "accelerate launch --num_processes 2"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(tmp_path, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunConfig(tmp_path, 5, **changes)

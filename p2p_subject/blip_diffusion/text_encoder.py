@@ -29,14 +29,15 @@ class ContextCLIPTextModel(Network):
         initialise(self, config.initializer_range)
 
     def forward(
-        self, input_ids: Tensor, context_embeddings: Tensor | None = None, context_position: int = 2
+        self, input_ids: Tensor, context_embeddings: Tensor | None = None, context_position: int | Tensor = 2
     ) -> Tensor:
         """Encode prompts, with a subject in them where one is given.
 
         Args:
             input_ids: (B, L) int64, padded, start token first.
             context_embeddings: (B, Nq, D) subject embeddings, or None for a plain prompt.
-            context_position: how many tokens stand before the subject; 2 is after the start token and "a".
+            context_position: how many tokens stand before the subject; 2 is after the start token and "a". Or
+                (B,) int64, where it differs from prompt to prompt.
 
         Returns:
             (B, L + Nq, D) hidden states after the final layer norm, in the dtype of the weights.
@@ -48,20 +49,37 @@ class ContextCLIPTextModel(Network):
         """
         embedded = self.text_model.embeddings.token_embedding(input_ids)
         if context_embeddings is not None:
-            rows, length, width = embedded.shape
+            rows, _, width = embedded.shape
             if context_embeddings.ndim != 3 or context_embeddings.shape[::2] != (rows, width):
                 raise ModelError(
                     f"context_embeddings have shape {tuple(context_embeddings.shape)}; for {rows} prompts "
                     f"this text encoder takes ({rows}, number of queries, {width})."
                 )
-            if not 0 <= context_position <= length:
-                raise ModelError(
-                    f"context_position {context_position} lies outside the prompt of {length} tokens; "
-                    f"choose one from 0 to {length}."
-                )
-            before, after = embedded.split([context_position, length - context_position], dim=1)
-            embedded = torch.cat([before, context_embeddings.to(embedded.dtype), after], dim=1)
+            embedded = _spliced(embedded, context_embeddings.to(embedded.dtype), context_position)
         return self.text_model(embedded)  # (B, L + Nq, D)
+
+
+def _spliced(prompts: Tensor, context: Tensor, position: int | Tensor) -> Tensor:
+    """Put context (B, Nq, D) between the tokens of prompts (B, L, D), behind the first `position` of them."""
+    (rows, length, _), queries = prompts.shape, context.shape[1]
+    each = isinstance(position, Tensor)
+    if each and (position.is_floating_point() or position.shape != (rows,)):
+        raise ModelError(
+            f"context_position is {position.dtype} of shape {tuple(position.shape)}; expected a whole number, or "
+            f"int64 of shape ({rows},): one for each prompt."
+        )
+    if not (position.ge(0) & position.le(length)).all() if each else not 0 <= position <= length:
+        raise ModelError(
+            f"context_position {position.tolist() if each else position} lies outside the prompt of {length} "
+            f"tokens; choose one from 0 to {length}."
+        )
+    if not each:
+        before, after = prompts.split([position, length - position], dim=1)
+        return torch.cat([before, context, after], dim=1)
+    at = torch.arange(length + queries, device=prompts.device)
+    behind = at - position[:, None].to(at)  # (B, L + Nq): how far each column lies behind the subject's first
+    taken = torch.where(behind < 0, at, torch.where(behind < queries, length + behind, at - queries))
+    return torch.cat([prompts, context], dim=1).take_along_dim(taken[..., None], dim=1)
 
 
 class _TextTransformer(nn.Module):

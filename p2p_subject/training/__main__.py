@@ -1,7 +1,9 @@
-"""`python -m p2p_subject.training STAGE ...`: train the miniature model from nothing.
+"""`python -m p2p_subject.training STAGE ...`: train the miniature from nothing, or BLIP-Diffusion of any size from its parts.
 
-Stages, in order: `vae`, `scenes` (draw and encode the training set), `representation`, `export` (write the model folder).
-A run that was interrupted goes on when the same command is given again.
+Of the miniature alone: `vae`, `scenes` (draw and encode the training set), `structure` (its ControlNet). The two stages of
+pre-training: `multimodal` (a Q-Former on a frozen image encoder) and `representation` (subject representation learning).
+`cutouts` prepares a folder of pictures for them, `export` writes a run as a model folder. A run that was interrupted goes on
+when the same command is given again. On several GPUs: `accelerate launch -m p2p_subject.training STAGE ... --device cuda`.
 """
 
 from __future__ import annotations
@@ -9,80 +11,129 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from p2p_subject.training.loop import RunConfig
+from p2p_subject.errors import P2PSubjectError
+from p2p_subject.training import cutout_stage
 
 
-def _run_arguments(parser: argparse.ArgumentParser, steps: int, batch: int, rate: float) -> None:
+def _run_arguments(
+    parser: argparse.ArgumentParser,
+    steps: int | None,
+    batch: int | None,
+    rate: float | None,
+    decay_from: float | None = 0.4,
+    otherwise: str = "default %(default)s",
+) -> None:
+    """Arguments of every run; `otherwise` says what stands in for the first four where they are None."""
+    number = {"type": int, "metavar": "N"}
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an interrupted run there goes on")
-    parser.add_argument("--steps", type=int, default=steps, help="optimiser steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=batch, help="pictures a step, over all processes (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=rate, help="default %(default)s")
-    parser.add_argument("--decay-from", type=float, default=0.4, help="share of the steps at full rate (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="processes of one thread each (default %(default)s)")
+    parser.add_argument("--steps", default=steps, help=f"optimiser steps ({otherwise})", **number)
+    parser.add_argument("--batch", default=batch, help=f"pictures a batch, over all processes ({otherwise})", **number)
+    parser.add_argument("--accumulate", default=1, help="batches whose gradients make one step (default 1)", **number)
+    parser.add_argument("--learning-rate", type=float, default=rate, metavar="F", help=otherwise)
+    share = f"share of the steps at full rate; 1: constant ({otherwise})"
+    parser.add_argument("--decay-from", type=float, default=decay_from, metavar="F", help=share)
+    parser.add_argument("--ema", type=float, default=0.999, metavar="F", help="decay of the averaged weights (default 0.999)")
+    parser.add_argument("--processes", default=2, help="processes of one thread each, on a CPU (default 2)", **number)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16", help="arithmetic (default %(default)s)")
+    parser.add_argument("--evaluate-every", default=1000, help="default 1000", **number)
+    parser.add_argument("--seed", default=0, **number)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the stages."""
     top = argparse.ArgumentParser(prog="python -m p2p_subject.training", description=__doc__)
     stages = top.add_subparsers(dest="stage", required=True)
-    vae = stages.add_parser("vae", help="train the autoencoder on scenes")
+
+    vae = stages.add_parser("vae", help="train the miniature's autoencoder on scenes")
     _run_arguments(vae, steps=5000, batch=12, rate=1.5e-3)
     scenes = stages.add_parser("scenes", help="draw the training scenes and encode them once")
     scenes.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder")
     scenes.add_argument("--out", type=Path, required=True)
     scenes.add_argument("--count", type=int, default=60_000)
     scenes.add_argument("--processes", type=int, default=2)
-    representation = stages.add_parser("representation", help="subject representation learning")
-    _run_arguments(representation, steps=8000, batch=64, rate=1e-3)
-    representation.add_argument("--scenes", type=Path, required=True, help="folder written by the stage `scenes`")
-    representation.add_argument("--vae", type=Path, required=True, help="folder of the autoencoder, for the grids")
-    representation.add_argument("--start-from", type=Path, help="ema.safetensors of a run, or a model folder, to begin with")
-    representation.add_argument("--attention-weight", type=float, default=0.0, help="weight of the coverage term (default 0)")
+
+    multimodal = stages.add_parser("multimodal", help="stage one: a Q-Former learns to read pictures for their captions")
+    _run_arguments(multimodal, steps=1200, batch=64, rate=1e-3)
+    model = "model folder of the image encoder and of all sizes (default: the miniature)"
+    multimodal.add_argument("--model", type=Path, help=model)
+    multimodal.add_argument(
+        "--bert", type=Path, help="folder of a BERT that the Q-Former begins with (default: random weights)"
+    )
+    _data_arguments(multimodal)
+    multimodal.add_argument("--validation", type=Path, help="another such folder, to measure on (default: none)")
+    multimodal.add_argument("--text-length", type=int, default=32, metavar="T", help="word pieces of a caption (default 32)")
+
+    representation = stages.add_parser("representation", help="stage two: subject representation learning")
+    told = "default: what suited the miniature; with --data the paper's"
+    _run_arguments(representation, None, None, None, None, told)
+    representation.add_argument("--scenes", type=Path, help="of the miniature: folder written by the stage `scenes`")
+    representation.add_argument("--vae", type=Path, help="of the miniature: folder of the autoencoder, for the grids")
+    representation.add_argument("--model", type=Path, help="with --data: the model folder to begin with")
+    _data_arguments(representation)
+    _picture_arguments(representation)
+    _start_arguments(representation)
+    _learning_arguments(representation)
+
+    structure = stages.add_parser("structure", help="train the miniature's ControlNet on edges")
+    _run_arguments(structure, steps=1600, batch=32, rate=5e-4, decay_from=0.5)
+    structure.add_argument("--scenes", type=Path, required=True, help="folder written by the stage `scenes`")
+    structure.add_argument("--model", type=Path, help="model folder that it shall steer (default: the miniature)")
+    about = "ema.safetensors of a run of this stage to begin with"
+    structure.add_argument("--start-from", type=Path, action="append", default=[], metavar="PATH", help=about)
+
     export = stages.add_parser("export", help="write a run as a model folder in the official layout")
     export.add_argument("--run", type=Path, required=True)
-    export.add_argument("--vae", type=Path, required=True)
     export.add_argument("--out", type=Path, required=True)
+    rest = export.add_mutually_exclusive_group(required=True)
+    rest.add_argument("--vae", type=Path, help="of a run of the miniature: folder of the autoencoder")
+    rest.add_argument("--model", type=Path, help="of any other run: the model folder that it began with")
+    rest.add_argument("--structure", type=Path, help="of a run of `structure`: the model folder that it steers")
+    cutout_stage.add_arguments(stages.add_parser("cutouts", help="cut the subjects out of a folder of pictures"))
     return top
 
 
+def _data_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--data", type=Path, help="folder of pictures with captions (default: the miniature world)")
+    own.add_argument("--threads", type=int, default=4, help="that read pictures ahead (default %(default)s)")
+
+
+def _picture_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--cutouts", type=Path, help="with --data: folder written by the stage `cutouts`")
+    own.add_argument("--backgrounds", type=Path, help="folder of pictures without subjects (default: painted ones)")
+    own.add_argument("--subject", default="", metavar="WORD", help="category of pictures that do not name theirs")
+    own.add_argument("--template", choices=("released", "paper"), default="released", help="of captions (default %(default)s)")
+    own.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the pictures (default: the model's own)")
+
+
+def _start_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument(
+        "--start-from",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="model folder, or ema.safetensors of a run of any stage, to begin with; of several, each fills in what it holds",
+    )
+
+
+def _learning_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--attention-weight", type=float, default=0.0, help="weight of the coverage term (default 0)")
+    own.add_argument("--freeze-text-encoder", action="store_true", help="ablation: the text encoder stays as it is")
+    own.add_argument("--no-category-text", action="store_true", help="ablation: the Q-Former does not read the category")
+    own.add_argument("--no-subject-drop", action="store_true", help="ablation: every caption has its subject")
+    own.add_argument("--checkpointing", action="store_true", help="less memory for activations, a third more time")
+
+
 def main() -> None:
-    arguments = vars(parser().parse_args())
-    stage = arguments.pop("stage")
-    names = RunConfig.__dataclass_fields__
-    if stage == "vae":
-        from p2p_subject.training import vae
-        from p2p_subject.training.grids import reconstruction_grid
+    arguments = parser().parse_args()
+    # torch and diffusers take seconds to import; usage errors come before.
+    from p2p_subject.training import stages
 
-        config = RunConfig(**{k: v for k, v in arguments.items() if k in names}, evaluate_every=1000, ema=0.998)
-        reconstruction_grid(vae.train(config, arguments["batch"]), config.out / "reconstructions.png")
-    elif stage == "scenes":
-        from p2p_subject.training.scenes import make_cache
-
-        make_cache(arguments["out"], arguments["vae"], arguments["count"], arguments["processes"])
-    elif stage == "representation":
-        from p2p_subject.training import representation
-        from p2p_subject.training.grids import generation_grid
-
-        config = RunConfig(**{k: v for k, v in arguments.items() if k in names}, evaluate_every=1000)
-
-        def evaluate(step: int, folder: Path) -> dict[str, float]:
-            generation_grid(folder / "ema.safetensors", arguments["vae"], folder / f"grid-{step:06d}.png")
-            return {}
-
-        representation.train(
-            config,
-            arguments["scenes"],
-            arguments["batch"],
-            arguments["attention_weight"],
-            start_from=arguments["start_from"],
-            evaluate=evaluate,
-        )
-    elif stage == "export":
-        from p2p_subject.training.export import export
-
-        export(arguments["run"], arguments["vae"], arguments["out"])
+    try:
+        stages.run(arguments)
+    except P2PSubjectError as error:
+        parser().exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
 
-from inversion import walk
-from p2p_subject.context import stack
+from p2p_subject.drawing import sample_batch
 from p2p_subject.models import Model
 from p2p_subject.outputs import save_image, to_pil
-from p2p_subject.sampling import guided
 from p2p_subject.training import world
 from p2p_subject.training.export import assemble
 from p2p_subject.training.vae import scene_batch
@@ -33,22 +29,6 @@ def reconstruction_grid(vae: AutoencoderKL, path: Path, count: int = 12) -> None
     images = scene_batch(np.arange(count), "validation")
     decoded = vae.decode(vae.encode(images).latent_dist.mean).sample
     save_image(tiled([[np.asarray(image) for image in to_pil(part)] for part in (images, decoded)]), path)
-
-
-@torch.no_grad()
-def sample_batch(
-    model: Model, prompts: Sequence[str], subjects: Sequence[Tensor | None], seeds: Sequence[int], steps: int, scale: float
-) -> list[Image.Image]:
-    """Pictures of B prompts in one batch, each with its subject (1, Nq, D) or without, from the noise of its own seed."""
-    contexts = [
-        model.encode(model.layout(prompt, subject=subject is not None), subject) for prompt, subject in zip(prompts, subjects)
-    ]
-    side = model.unet.config.sample_size
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.cat([torch.randn(1, 4, side, side, generator=own) for own in generators]).to(model.device)
-    unconditional = model.unconditional(None)
-    predict = guided(model.noise, lambda index: unconditional, stack(contexts), scale)
-    return model.decode(walk(predict, noise, model.schedule(steps).sampling()))
 
 
 @torch.no_grad()

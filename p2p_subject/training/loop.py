@@ -1,24 +1,27 @@
-"""One training loop for every stage: several processes, EMA, checkpoints, resume after a kill, a log.
+"""One training loop for every stage, on `accelerate`: several GPUs or processes, mixed precision, gradient accumulation, EMA,
+checkpoints, resume after a kill, a log.
 
 A stage brings a module whose `forward(**batch)` returns named losses (the first is minimised) and a `batches(step, rank,
 world)` function that makes the batch of a step from nothing but these numbers, so a resumed run sees the data that an
-uninterrupted one would have seen.
+uninterrupted one would have seen. On several GPUs a stage is started by `accelerate launch -m p2p_subject.training ...`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,7 +35,13 @@ Evaluate = Callable[[int, Path], dict[str, float]]
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How a stage is run. `steps` optimiser steps; `decay_from` is the fraction of them after which the rate falls."""
+    """How a stage is run.
+
+    `steps` optimiser steps, each of `accumulate` batches; `decay_from` is the fraction of them after which the rate falls
+    (1: constant). `ema` is the decay of the averaged weights. `processes` are started here, on a CPU only; on GPUs
+    `accelerate launch` starts them. `precision` is that of the networks' arithmetic, "no" for single; weights, moments and
+    losses are in single precision.
+    """
 
     out: Path
     steps: int
@@ -46,13 +55,23 @@ class RunConfig:
     seed: int = 0
     processes: int = 1
     device: str = "cpu"
+    precision: str = "bf16"
+    accumulate: int = 1
     log_every: int = 50
     checkpoint_every: int = 500
     evaluate_every: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.processes < 1:
-            raise ValueError(f"steps and processes must be 1 or more, got {self.steps} and {self.processes}")
+        for name in ("steps", "processes", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision={self.precision!r}; expected 'no', 'bf16' or 'fp16'")
+        if self.processes > 1 and self.device != "cpu":
+            raise ValueError(
+                f"{self.processes} processes on {self.device}; on GPUs start the same command by "
+                f"`accelerate launch --num_processes {self.processes} -m p2p_subject.training ...`"
+            )
         if not 0 <= self.decay_from <= 1:
             raise ValueError(f"decay_from must lie in [0, 1], got {self.decay_from}")
 
@@ -75,28 +94,57 @@ def run(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, eva
     returns figures for the log. The averaged weights are `out/ema.safetensors`.
     """
     config.out.mkdir(parents=True, exist_ok=True)
+    arguments = (config, build, batches, evaluate)
     if config.processes == 1:
-        _worker(0, config, build, batches, evaluate, None)
-    else:
-        # A name of its own: a killed run leaves its file behind, and a second run must not meet it.
-        meeting = (config.out / f".rendezvous-{uuid4().hex}").resolve()
-        arguments = (config, build, batches, evaluate, f"file://{meeting}")
         try:
-            mp.start_processes(_worker, arguments, nprocs=config.processes, start_method="fork")
+            _worker(*arguments)
         finally:
-            meeting.unlink(missing_ok=True)
+            _forget()
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.start_processes(_process, (port, *arguments), nprocs=config.processes, start_method="fork")
     return config.out
 
 
-def _worker(rank: int, config: RunConfig, build, batches: Batches, evaluate, rendezvous: str | None) -> None:
-    device = torch.device(config.device)
-    if rendezvous:
-        # One thread a process: threads of one pool spin while they wait, and lose most of their time once cores are shared.
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=config.processes)
+def _process(rank: int, port: int, config: RunConfig, *rest: object) -> None:
+    """One of several processes on this machine, told of the others by the variables that `accelerate` reads."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": config.processes, "LOCAL_WORLD_SIZE": config.processes}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "yes"}
+    os.environ.update({name: str(value) for name, value in told.items()})
+    # One thread a process: threads of one pool spin while they wait, and lose most of their time once cores are shared.
+    torch.set_num_threads(1)
+    _forget()
+    _worker(config, *rest)
+
+
+def _forget() -> None:
+    """Let go of what `accelerate` keeps for a whole process, so that a run with other settings can follow."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    # Some weights have no gradient in some stages (the last layer's text of a Q-Former); which, never changes within a run.
+    unused = {"static_graph": True} if config.accumulate == 1 else {"find_unused_parameters": True}
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        cpu=config.device == "cpu",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, **unused)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"{accelerator.distributed_type.value} shards weights, which these checkpoints do not; use DDP")
+    return accelerator
+
+
+def _worker(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, evaluate: Evaluate | None) -> None:
+    accelerator = _accelerator(config)
+    rank, world = accelerator.process_index, accelerator.num_processes
     torch.manual_seed(config.seed)
-    module = build().to(device)
-    if device.type == "cpu":
+    module = build().to(accelerator.device)
+    if accelerator.device.type == "cpu":
         module = module.to(memory_format=torch.channels_last)
     parameters = [p for p in module.parameters() if p.requires_grad]
     average = {name: value.detach().clone().float() for name, value in module.state_dict().items()}
@@ -104,9 +152,7 @@ def _worker(rank: int, config: RunConfig, build, batches: Batches, evaluate, ren
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     first = _resume(config.out, module, optimizer, average)
-    trained = module
-    if rendezvous:
-        trained = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=True)
+    trained, stepper = accelerator.prepare(module, optimizer)
     bar = tqdm(total=config.steps, initial=first, desc=config.out.name, disable=None if rank == 0 else True)
     sums: dict[str, float] = {}
     began = time.monotonic()
@@ -114,19 +160,21 @@ def _worker(rank: int, config: RunConfig, build, batches: Batches, evaluate, ren
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         torch.manual_seed(hash((config.seed, step, rank)) % 2**31)
-        batch = {key: value.to(device) for key, value in batches(step, rank, config.processes).items()}
-        with torch.autocast(device.type, torch.bfloat16) if device.type != "mps" else nullcontext():
-            losses = trained(**batch)
-        loss = next(iter(losses.values()))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; resume with a lower learning rate")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
+        for part in range(step * config.accumulate, (step + 1) * config.accumulate):
+            batch = {key: value.to(accelerator.device) for key, value in batches(part, rank, world).items()}
+            with accelerator.accumulate(trained):
+                losses = trained(**batch)
+                loss = next(iter(losses.values()))
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(f"the loss is {loss.item()} at step {step}; resume with a lower learning rate")
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, config.clip)
+                stepper.step()
+                stepper.zero_grad()
+            for key, value in losses.items():
+                sums[key] = sums.get(key, 0.0) + float(value.detach()) / config.accumulate
         _average(average, module, min(config.ema, (step + 1) / (step + 10)))
-        for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + float(value.detach())
         done = step + 1
         if rank == 0:
             bar.update()
@@ -142,8 +190,7 @@ def _worker(rank: int, config: RunConfig, build, batches: Batches, evaluate, ren
         if done % config.log_every == 0:
             sums = {}
     bar.close()
-    if rendezvous:
-        dist.destroy_process_group()
+    accelerator.end_training()
 
 
 @torch.no_grad()

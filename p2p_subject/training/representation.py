@@ -1,162 +1,201 @@
-"""Subject representation learning, the second stage of BLIP-Diffusion, on the miniature world.
+"""Subject representation learning, the second stage of BLIP-Diffusion's pre-training, of any model in its layout.
 
 Prompted context generation (Li et al. 2023, section 3.2): the encoder sees the subject on a random background, the U-Net
-has to draw the scene of the caption with that subject in it. All parts are trained together; subject or caption are left
-out in fixed shares of every batch, which keeps generation from text alone and guidance alive.
+has to draw the scene of the caption with that subject in it. All parts but the image encoder are trained together; subject
+or caption are left out in fixed shares of the rows, which keeps generation from text alone and guidance alive.
 
-Differences to the paper, measured to be better at this size: v-prediction with min-SNR weights (Hang et al. 2023), a loss
-that counts the pixels of the subject twice, small auxiliary heads that ask the subject embeddings for category, source and
-hue, and, in the last part of the run only, a term that asks the words' attention to cover the object.
+The miniature is trained with more than the paper says, each measured to be better at its size: v-prediction with min-SNR
+weights (Hang et al. 2023), a loss that counts the pixels of the subject twice, small auxiliary heads that ask the subject
+embeddings for category, source and hue, and, in the last part of the run only, a term that asks the words' attention to
+cover the object.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from p2p_subject.blip_diffusion.config import Blip2QFormerConfig, ContextCLIPTextConfig
+from p2p_subject.blip_diffusion.pipeline import BlipDiffusionPipeline
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
 from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
+from p2p_subject.errors import ArgumentError
+from p2p_subject.outputs import atomic_write
 from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
-from p2p_subject.training.loop import RunConfig, run
-from p2p_subject.training.scenes import Cache, Shares
-from p2p_subject.training.tokenizers import QUERIES, WINDOW, byte_pairs, word_pieces
+from p2p_subject.training.denoising import Denoising
+from p2p_subject.training.loop import Batches, Evaluate, RunConfig, run
 
-WIDTH, POSITION = 128, 2
-
-UNET = dict(
-    sample_size=16,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=(64, 128, 128),
-    layers_per_block=1,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=WIDTH,
-    attention_head_dim=(2, 4, 4),
-    norm_num_groups=16,
-)
-TEXT = dict(
-    vocab_size=len(byte_pairs()[0]),
-    hidden_size=WIDTH,
-    intermediate_size=4 * WIDTH,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=WINDOW,
-    hidden_act="quick_gelu",
-    bos_token_id=len(byte_pairs()[0]) - 2,
-    eos_token_id=len(byte_pairs()[0]) - 1,
-)
-QFORMER = dict(
-    num_query_tokens=QUERIES,
-    tokenizer="qformer_tokenizer",
-    vision_config=dict(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=world.SIZE,
-        patch_size=8,
-        hidden_act="quick_gelu",
-    ),
-    qformer_config=dict(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        encoder_hidden_size=WIDTH,
-        cross_attention_frequency=1,
-        max_position_embeddings=16,
-        vocab_size=len(word_pieces()),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    ),
-)
-SCHEDULER = dict(
-    num_train_timesteps=1000,
-    beta_schedule="scaled_linear",
-    beta_start=0.00085,
-    beta_end=0.012,
-    prediction_type="v_prediction",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-    timestep_spacing="leading",
-)
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+PARTS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "qformer": "model"}
+"""What is trained, by its folder in a model, and the stem of the weights there."""
 
 
-class RepresentationTrainer(nn.Module):
-    """U-Net, text encoder and subject encoder with the losses of the stage."""
+@dataclass(frozen=True)
+class Shares:
+    """Shares of the rows that get a caption without subject, and neither; the rest gets both.
 
-    def __init__(self, attention_weight: float = 0.0, auxiliary_weight: float = 0.1) -> None:
+    The paper leaves out the subject in 15 %; a tenth without caption keeps classifier-free guidance alive (Ho, Salimans 2022).
+    """
+
+    caption_only: float = 0.2
+    neither: float = 0.1
+
+    def split(self, count: int) -> list[int]:
+        """Rows with subject, caption only, and neither; fractions of a row are drawn from torch's generator."""
+        drawn = [int(share * count + torch.rand(())) for share in (self.caption_only, self.neither)]
+        return [count - sum(drawn), *drawn]
+
+
+@dataclass(frozen=True)
+class SubjectLearning:
+    """What of the stage is done how; the defaults are the paper's.
+
+    `shares`: rows without subject or caption. `train_text_encoder`, `category_text` (the Q-Former reads the subject's
+    category), and a subject that is left out in some rows are the paper's ablations (table 2). `max_snr`, `central`: see
+    `Denoising`. `subject_weight`: added to the loss where the subject is. `auxiliary_weight` and `attention_weight`: of the
+    auxiliary heads and of the coverage term, which need the labels of the miniature world. `train_image_encoder` is not
+    done by the paper. `checkpointing` spends time to save memory. Raises
+    `ArgumentError` for what cannot be had together.
+    """
+
+    shares: Shares = field(default_factory=lambda: Shares(0.15, 0.1))
+    train_text_encoder: bool = True
+    train_image_encoder: bool = False
+    category_text: bool = True
+    max_snr: float | None = None
+    central: float = 0.0
+    subject_weight: float = 0.0
+    auxiliary_weight: float = 0.0
+    attention_weight: float = 0.0
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attention_weight and self.checkpointing:
+            # What is computed again on the way back would run without what reads the maps.
+            raise ArgumentError("attention_weight and checkpointing cannot be had together; leave one out")
+
+
+class SubjectTrainer(nn.Module):
+    """U-Net, text encoder and subject encoder with the losses of the stage.
+
+    `scheduler`: the configuration of the model's scheduler. `empty`: token ids of no caption, padded to the window L. `vae`
+    turns pictures into latents, frozen; None where batches hold latents. `position`: how many tokens stand before the subject,
+    where a batch does not say it.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: ContextCLIPTextModel,
+        qformer: Blip2QFormerModel,
+        scheduler: Mapping[str, Any],
+        empty: Sequence[int],
+        learning: SubjectLearning | None = None,
+        vae: AutoencoderKL | None = None,
+        position: int = 2,
+    ) -> None:
         super().__init__()
-        self.unet = UNet2DConditionModel(**UNET)
-        self.text_encoder = ContextCLIPTextModel(ContextCLIPTextConfig.from_dict(TEXT))
-        self.qformer = Blip2QFormerModel(Blip2QFormerConfig.from_dict(QFORMER))
-        self.heads = nn.Linear(QUERIES * WIDTH, len(world.CATEGORIES) + len(world.SOURCES) + 3)
-        self.attention_weight, self.auxiliary_weight = attention_weight, auxiliary_weight
-        betas = torch.linspace(SCHEDULER["beta_start"] ** 0.5, SCHEDULER["beta_end"] ** 0.5, 1000).square()
-        self.register_buffer("alphas", (1 - betas).cumprod(0), persistent=False)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.learning = learning = learning or SubjectLearning()
+        self.unet, self.text_encoder, self.qformer, self.vae = unet, text_encoder, qformer, vae
+        self.position = position
+        self.register_buffer("empty", torch.tensor(empty), persistent=False)
+        self.denoising = Denoising(scheduler, learning.max_snr, learning.central)
+        if learning.auxiliary_weight:
+            width = qformer.config.num_query_tokens * qformer.config.output_size
+            self.heads = nn.Linear(width, len(world.CATEGORIES) + len(world.SOURCES) + 3)
+        qformer.visual_encoder.requires_grad_(learning.train_image_encoder)
+        text_encoder.requires_grad_(learning.train_text_encoder)
+        if vae is not None:
+            vae.requires_grad_(False).eval()
+        if learning.checkpointing:
+            unet.enable_gradient_checkpointing()
 
-    def contexts(self, ids: Tensor, subject: Tensor, split: list[int]) -> Tensor:
+    def train(self, mode: bool = True) -> SubjectTrainer:
+        """As of every module; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for part in (self.vae, None if self.learning.train_image_encoder else self.qformer.visual_encoder):
+            if part is not None:
+                part.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As of every module, without the frozen autoencoder, which checkpoints need not repeat."""
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith("vae.")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As of every module; the autoencoder's weights are not expected."""
+        own = {} if self.vae is None else {f"vae.{name}": value for name, value in self.vae.state_dict().items()}
+        return super().load_state_dict({**state_dict, **own}, strict, assign)
+
+    def contexts(self, ids: Tensor, subject: Tensor, split: list[int], position: Tensor | int) -> Tensor:
         """Encode the three kinds of rows: with subject, caption only, neither; (B, L, D)."""
         with_subject, caption_only, neither = ids.split(split)
-        first = self.text_encoder(with_subject, subject, POSITION)
-        end = TEXT["eos_token_id"]
-        longer = F.pad(caption_only, (0, QUERIES), value=end)
-        empty = torch.full_like(longer[:1], end).expand(neither.shape[0], -1).clone()
-        empty[:, 0] = TEXT["bos_token_id"]
-        return torch.cat([first, self.text_encoder(torch.cat([longer, empty]))])
+        first = self.text_encoder(with_subject, subject, position)
+        longer = torch.cat([caption_only, self.empty[ids.shape[1] :].expand(len(caption_only), -1)], dim=1)
+        return torch.cat([first, self.text_encoder(torch.cat([longer, self.empty.expand(len(neither), -1)]))])
+
+    def subjects(self, references: Tensor, category_ids: Tensor, category_mask: Tensor) -> Tensor:
+        """Embeddings (B, Nq, D) of normalised pictures (B, 3, S, S) and word pieces (B, T) of their categories."""
+        if self.learning.category_text:
+            return self.qformer(references, category_ids, category_mask)
+        hidden = self.qformer.encode(self.qformer.visual_encoder(references))
+        return self.qformer.proj_layer(hidden)
+
+    def clean(self, pixels: Tensor | None, latents: Tensor | None) -> Tensor:
+        """Latents (B, C, h, w) float32, given or of pictures (B, 3, H, W) in [-1, 1]."""
+        if latents is not None:
+            return latents
+        config = self.vae.config
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            drawn = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample().float()
+        return (drawn - (config.shift_factor or 0)) * config.scaling_factor
 
     def forward(
         self,
-        latents: Tensor,
-        mask: Tensor,
         references: Tensor,
         ids: Tensor,
-        columns: Tensor,
         category_ids: Tensor,
-        labels: Tensor,
-        split: Tensor,
+        category_mask: Tensor,
+        latents: Tensor | None = None,
+        pixels: Tensor | None = None,
+        mask: Tensor | None = None,
+        position: Tensor | None = None,
+        columns: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        sizes = split.tolist()
-        count = len(latents)
-        pixels = (references[: sizes[0]].float() / 255 - self.mean) / self.std
-        subject = self.qformer(pixels, category_ids[: sizes[0]], (category_ids[: sizes[0]] != 0).long())
-        context = self.contexts(ids, subject, sizes)
-
-        uniform = torch.rand(count, device=latents.device)
-        normal = torch.sigmoid(torch.randn(count, device=latents.device))
-        t = (torch.where(torch.arange(count, device=latents.device) % 2 == 0, uniform, normal) * 1000).long().clamp(0, 999)
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
-        noise = torch.randn_like(latents)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-
-        rows = sizes[0] + sizes[1]
-        with explicit_attention(self.unet, mask.shape[-1] if self.attention_weight else None) as maps:
-            predicted = self.unet(noisy, t, context).sample.float()
-        snr = alpha / (1 - alpha)
-        weight = snr.clamp(max=5) / (snr + 1) * (1 + mask[:, None])
-        denoising = ((predicted - velocity).square() * weight).mean() / 0.6
-        auxiliary, right = self.auxiliary(subject, labels[: sizes[0]])
-        loss = denoising + self.auxiliary_weight * auxiliary
-        losses = {"denoising": denoising, "auxiliary": auxiliary, "category": right}
-        if self.attention_weight:
-            coverage = coverage_loss(maps, columns[:rows], mask[:rows], sizes[0], POSITION, QUERIES)
-            loss = loss + self.attention_weight * coverage
+        """Losses of one batch; what it holds is said in `p2p_subject.training.pictures` and `scenes`."""
+        learning, count = self.learning, len(ids)
+        split = learning.shares.split(count)
+        chosen = slice(split[0])
+        subject = self.subjects(references[chosen], category_ids[chosen], category_mask[chosen])
+        context = self.contexts(ids, subject, split, self.position if position is None else position[chosen])
+        clean = self.clean(pixels, latents)
+        emphasis = 1 + learning.subject_weight * mask[:, None] if learning.subject_weight else None
+        # At the few hundred pixels of the miniature the explicit form trains a fifth faster on a CPU than the fused kernel.
+        small = clean.device.type == "cpu" and clean.shape[-1] <= 16 and not learning.checkpointing
+        explicit = learning.attention_weight or small
+        side = mask.shape[-1] if learning.attention_weight else None
+        with explicit_attention(self.unet, side) if explicit else nullcontext() as maps:
+            loss = self.denoising(lambda noisy, t: self.unet(noisy, t, context).sample, clean, emphasis)
+        losses = {"denoising": loss}
+        if learning.auxiliary_weight:
+            auxiliary, losses["category"] = self.auxiliary(subject, labels[chosen])
+            loss = loss + learning.auxiliary_weight * auxiliary
+            losses["auxiliary"] = auxiliary
+        if learning.attention_weight:
+            rows, queries = split[0] + split[1], subject.shape[1]
+            coverage = coverage_loss(maps, columns[:rows], mask[:rows], split[0], self.position, queries)
+            loss = loss + learning.attention_weight * coverage
             losses["coverage"] = coverage
         return {"loss": loss, **losses}
 
@@ -174,39 +213,38 @@ class RepresentationTrainer(nn.Module):
         return loss, (category.argmax(1) == labels[:, 0]).float().mean()
 
 
-def start_from_model(trainer: RepresentationTrainer, folder: Path) -> None:
-    """Fill a trainer with the weights of a model folder; the auxiliary heads, which no model has, begin anew."""
-    parts = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "qformer": "model"}
-    for name, stem in parts.items():
-        getattr(trainer, name).load_state_dict(load_file(folder / name / f"{stem}.safetensors"))
+def empty_prompt(pipeline: BlipDiffusionPipeline) -> list[int]:
+    """Token ids of no caption, padded to the text encoder's window."""
+    window = pipeline.text_encoder.config.max_position_embeddings
+    return pipeline.tokenizer("", padding="max_length", max_length=window).input_ids
+
+
+def start(trainer: nn.Module, source: Path, parts: Mapping[str, str] = PARTS) -> None:
+    """Fill the parts of a trainer from `source`: a model folder, or the `ema.safetensors` of a run of any stage.
+
+    Of a run, the parts that it holds are taken (stage one trains the Q-Former alone), and the auxiliary heads where both have
+    them. Raises `ValueError` where there is nothing to take.
+    """
+    if source.is_dir():
+        for name, stem in parts.items():
+            getattr(trainer, name).load_state_dict(load_file(source / name / f"{stem}.safetensors"))
+        return
+    saved, own = load_file(source), trainer.state_dict()
+    held = {name for name in (*parts, "heads") if hasattr(trainer, name) and any(key.startswith(f"{name}.") for key in saved)}
+    if not held:
+        raise ValueError(f"{source} holds none of {', '.join(parts)}; expected the ema.safetensors of a run of these stages")
+    kept = {key: value for key, value in saved.items() if key.split(".")[0] in held}
+    trainer.load_state_dict({**own, **kept})
 
 
 def train(
     config: RunConfig,
-    cache_folder: Path,
-    batch: int,
-    attention_weight: float = 0.0,
-    shares: Shares | None = None,
-    start_from: Path | None = None,
-    evaluate=None,
+    build: Callable[[], nn.Module],
+    batches: Batches,
+    evaluate: Evaluate | None = None,
+    **record: Any,
 ) -> Path:
-    """Run the stage; `start_from`, an `ema.safetensors` of an earlier run or a model folder, is what it begins with."""
-    cache, shares = Cache(cache_folder), shares or Shares()
-
-    def build() -> RepresentationTrainer:
-        trainer = RepresentationTrainer(attention_weight)
-        if start_from and start_from.is_dir():
-            start_from_model(trainer, start_from)
-        elif start_from:
-            trainer.load_state_dict(load_file(start_from))
-        return trainer
-
-    def batches(step: int, rank: int, processes: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng((config.seed, step, rank))
-        indices = np.sort(rng.integers(0, cache.count, batch // processes))
-        return cache.batch(rng.permutation(indices), rng.random(len(indices)) < 0.5, shares)
-
-    (config.out).mkdir(parents=True, exist_ok=True)
-    settings = asdict(config) | {"batch": batch, "attention_weight": attention_weight, "scenes": cache.count}
-    (config.out / "settings.json").write_text(json.dumps(settings | {"out": str(config.out)}, indent=2, default=str))
+    """Run a stage; `record` is written into `settings.json` of the run beside the configuration."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    atomic_write(config.out / "settings.json", json.dumps(asdict(config) | record, indent=2, default=str))
     return run(config, build, batches, evaluate)

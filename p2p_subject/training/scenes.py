@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,15 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from p2p_subject.training import world
+from p2p_subject.training.loop import Batch, Batches
+from p2p_subject.training.miniature import MEAN, STD
 from p2p_subject.training.tokenizers import QUERIES, WINDOW, save_clip_tokenizer, save_word_piece_tokenizer
 
-
-@dataclass(frozen=True)
-class Shares:
-    """Shares of a batch: subject and caption (the rest), caption only, neither. The paper drops the subject in 15 %."""
-
-    caption_only: float = 0.2
-    neither: float = 0.1
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
 
 
 class Cache:
@@ -34,22 +32,61 @@ class Cache:
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in self.ARRAYS}
         self.count = len(self.arrays["latents"])
 
-    def batch(self, indices: np.ndarray, tinted: np.ndarray, shares: Shares) -> dict[str, Tensor]:
-        """Tensors of the scenes `indices`; `tinted` (B,) says whose caption names the tint."""
+    def batch(self, indices: np.ndarray, tinted: np.ndarray) -> dict[str, Tensor]:
+        """What `SubjectTrainer` takes, of the scenes `indices` (B,); `tinted` (B,) says whose caption names the tint."""
         pick = {name: np.asarray(array[indices]) for name, array in self.arrays.items()}
         rows = np.arange(len(indices))
-        count = len(indices)
-        neither, caption_only = round(shares.neither * count), round(shares.caption_only * count)
+        category_ids = torch.from_numpy(pick["category_ids"]).long()
         return {
             "latents": torch.from_numpy(pick["latents"]).float(),
             "mask": torch.from_numpy(pick["masks"]).float(),
-            "references": torch.from_numpy(pick["references"]),
+            "references": normalised(pick["references"]),
             "ids": torch.from_numpy(pick["ids"][rows, tinted.astype(int)]).long(),
             "columns": torch.from_numpy(pick["columns"][rows, tinted.astype(int)]).long(),
-            "category_ids": torch.from_numpy(pick["category_ids"]).long(),
+            "category_ids": category_ids,
+            "category_mask": (category_ids != 0).long(),
             "labels": torch.from_numpy(pick["labels"]).float(),
-            "split": torch.tensor([count - neither - caption_only, caption_only, neither]),
         }
+
+    def batches(self, size: int, seed: int) -> Batches:
+        """Batches of `size` rows over all processes, drawn anew at each step; half of the captions name the tint."""
+
+        def batch(step: int, rank: int, processes: int) -> dict[str, Tensor]:
+            rng = np.random.default_rng((seed, step, rank))
+            indices = np.sort(rng.integers(0, self.count, size // processes))
+            return self.batch(rng.permutation(indices), rng.random(len(indices)) < 0.5)
+
+        return batch
+
+
+TEXT_LENGTH = 8
+"""Word pieces of the longest caption of the world, with [CLS] and [SEP]."""
+
+
+def caption_pairs(pieces: BertTokenizer, split: str, indices: Sequence[int], tinted: Sequence[bool]) -> Batch:
+    """What `MultimodalTrainer` takes: whole scenes and their captions, with the tint where `tinted`."""
+    scenes = [world.draw(world.sample(split, int(index))) for index in indices]
+    captions = [scene.spec.caption(tint=bool(tint)) for scene, tint in zip(scenes, tinted)]
+    text = pieces(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    pictures = np.stack([scene.image.transpose(2, 0, 1) for scene in scenes])
+    return {"references": normalised(pictures), "text_ids": text.input_ids, "text_mask": text.attention_mask}
+
+
+def caption_batches(pieces: BertTokenizer, size: int, seed: int) -> Batches:
+    """Batches of `size` pairs over all processes, every scene a new one; half of the captions name the tint."""
+
+    def batch(step: int, rank: int, processes: int) -> Batch:
+        rng = np.random.default_rng((seed, step, rank))
+        count = size // processes
+        return caption_pairs(pieces, "train", rng.integers(0, 2**31, count), rng.random(count) < 0.5)
+
+    return batch
+
+
+def normalised(pictures: np.ndarray) -> Tensor:
+    """Pictures (B, 3, S, S) uint8 as the image encoder takes them, float32."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (torch.from_numpy(pictures).float() / 255 - mean) / std
 
 
 def _caption_row(tokenizer, caption: str, category: str) -> tuple[list[int], tuple[int, int]]:

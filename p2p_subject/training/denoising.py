@@ -1,0 +1,63 @@
+"""The denoising loss of every stage that trains on latents: noise levels, targets, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+class Denoising(nn.Module):
+    """What a network that predicts in the way of `scheduler` is asked for at each noise level.
+
+    `scheduler`: configuration of a diffusers scheduler with betas. `max_snr`: weights are those of min-SNR (Hang et al. 2023)
+    with this bound, in terms of the error of the noise; None weighs every noise level alike in the network's own terms, as
+    Stable Diffusion and BLIP-Diffusion were trained. `central`: share of the timesteps drawn around the middle (logit-normal)
+    instead of evenly.
+    """
+
+    def __init__(self, scheduler: Mapping[str, Any], max_snr: float | None = None, central: float = 0.0) -> None:
+        super().__init__()
+        own = DDPMScheduler.from_config(dict(scheduler))
+        self.prediction = own.config.prediction_type
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction_type={self.prediction!r}; expected one of {PREDICTIONS}")
+        self.max_snr, self.central = max_snr, central
+        self.register_buffer("alphas", own.alphas_cumprod.float(), persistent=False)
+
+    def timesteps(self, count: int) -> Tensor:
+        """Draw (count,) int64 timesteps."""
+        device, levels = self.alphas.device, len(self.alphas)
+        uniform, normal = torch.rand(count, device=device), torch.randn(count, device=device).sigmoid()
+        middle = torch.arange(count, device=device) >= round((1 - self.central) * count)
+        return (torch.where(middle, normal, uniform) * levels).long().clamp(0, levels - 1)
+
+    def forward(self, predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, emphasis: Tensor | None = None) -> Tensor:
+        """The loss of one drawing of timesteps and noise.
+
+        `predict(noisy (B, C, h, w), timesteps (B,))` is the network; `latents` (B, C, h, w) float32 are clean; `emphasis`,
+        (B, 1, h, w) or None, multiplies the loss of each place.
+        """
+        t = self.timesteps(len(latents))
+        alpha = self.alphas[t].view(-1, 1, 1, 1)
+        noise = torch.randn_like(latents)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        if self.prediction == "epsilon":
+            target = noise
+        elif self.prediction == "sample":
+            target = latents
+        else:
+            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        error = (predict(noisy, t).float() - target).square()
+        if self.max_snr is not None:
+            error = error * self._weight(alpha / (1 - alpha))
+        return (error if emphasis is None else error * emphasis).mean()
+
+    def _weight(self, snr: Tensor) -> Tensor:
+        bounded = snr.clamp(max=self.max_snr)
+        return {"epsilon": bounded / snr, "sample": bounded, "v_prediction": bounded / (snr + 1)}[self.prediction]

@@ -1,0 +1,190 @@
+"""What the stages of the command line do: arguments become a trainer, batches and what is drawn or told at checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import load_file
+
+from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.errors import ArgumentError
+from p2p_subject.loading import miniature_folder
+from p2p_subject.models import Model
+from p2p_subject.outputs import save_image
+from p2p_subject.training import cutout_stage, export, grids, miniature, multimodal, pictures, representation, scenes, structure
+from p2p_subject.training import vae as autoencoder
+from p2p_subject.training.inputs import ModelInputs
+from p2p_subject.training.loop import Evaluate, RunConfig
+from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt, start, train
+
+SHOWN = 6
+"""Rows of a folder of pictures that are drawn at checkpoints."""
+
+
+MINIATURE = {"steps": 8000, "batch": 64, "learning_rate": 1e-3, "decay_from": 0.4}
+PAPER = {"steps": 500_000, "batch": 16, "learning_rate": 2e-6, "decay_from": 1.0}
+"""How stage two is run unless told otherwise: as suited the miniature, and as the paper says."""
+
+
+def run(arguments: Namespace) -> None:
+    """Run the stage that the arguments name."""
+    globals()[f"_{arguments.stage}"](arguments)
+
+
+def _config(arguments: Namespace) -> RunConfig:
+    return RunConfig(**{name: value for name, value in vars(arguments).items() if name in RunConfig.__dataclass_fields__})
+
+
+def _vae(arguments: Namespace) -> None:
+    config = _config(arguments)
+    grids.reconstruction_grid(autoencoder.train(config, arguments.batch), config.out / "reconstructions.png")
+
+
+def _scenes(arguments: Namespace) -> None:
+    scenes.make_cache(arguments.out, arguments.vae, arguments.count, arguments.processes)
+
+
+def _cutouts(arguments: Namespace) -> None:
+    cutout_stage.command(arguments)
+
+
+def _multimodal(arguments: Namespace) -> None:
+    config, folder = _config(arguments), arguments.model or miniature_folder()
+    pipeline = BlipDiffusionPipeline.from_pretrained(folder)
+    pieces = pipeline.qformer_tokenizer
+
+    def build() -> multimodal.MultimodalTrainer:
+        return multimodal.fresh(pipeline.qformer, pieces, arguments.bert)
+
+    if arguments.data is None:
+        batches, pairs = scenes.caption_batches(pieces, arguments.batch, config.seed), multimodal.world_pairs(pieces)
+    else:
+        inputs = ModelInputs.of(folder)
+        told = {
+            name: pictures.CaptionedPictures(path, inputs, length=arguments.text_length)
+            for name, path in (("data", arguments.data), ("validation", arguments.validation))
+            if path is not None
+        }
+        batches = pictures.batches(told["data"], arguments.batch, config.seed, threads=arguments.threads)
+        pairs = multimodal.folder_pairs(told["validation"], arguments.batch) if "validation" in told else {}
+    evaluate = multimodal.evaluation(build, pairs) if pairs else None
+    train(config, build, batches, evaluate, model=folder, data=arguments.data, bert=arguments.bert)
+
+
+def learning_of(arguments: Namespace) -> SubjectLearning:
+    """What of stage two is done how, as the arguments say: the miniature's recipe for its scenes, the paper's for pictures."""
+    recipe = miniature.LEARNING if arguments.data is None else SubjectLearning()
+    return dataclasses.replace(
+        recipe,
+        attention_weight=arguments.attention_weight,
+        train_text_encoder=not arguments.freeze_text_encoder,
+        category_text=not arguments.no_category_text,
+        shares=Shares(0.0, recipe.shares.neither) if arguments.no_subject_drop else recipe.shares,
+        checkpointing=arguments.checkpointing,
+    )
+
+
+def _representation(arguments: Namespace) -> None:
+    if (arguments.data is None) == (arguments.scenes is None):
+        raise ArgumentError(
+            "give --scenes (and --vae), to train the miniature, or --data (and --cutouts, --model), for pictures"
+        )
+    needed = ("scenes", "vae") if arguments.data is None else ("data", "cutouts", "model")
+    missing = [name for name in needed if getattr(arguments, name) is None]
+    if missing:
+        raise ArgumentError(f"--{needed[0]} was given without --{missing[0]}; it needs both")
+    for name, value in (MINIATURE if arguments.data is None else PAPER).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    (_on_scenes if arguments.data is None else _on_pictures)(arguments)
+
+
+def _on_scenes(arguments: Namespace) -> None:
+    config, learning, cache = _config(arguments), learning_of(arguments), scenes.Cache(arguments.scenes)
+
+    def build() -> SubjectTrainer:
+        trainer = SubjectTrainer(**miniature.networks(), **miniature.SETTINGS, learning=learning)
+        for path in arguments.start_from:
+            start(trainer, path)
+        return trainer
+
+    def evaluate(step: int, folder: Path) -> dict[str, float]:
+        grids.generation_grid(folder / "ema.safetensors", arguments.vae, folder / f"grid-{step:06d}.png")
+        return {}
+
+    record = {"learning": dataclasses.asdict(learning), "start_from": arguments.start_from, "scenes": cache.count}
+    train(config, build, cache.batches(arguments.batch, config.seed), evaluate, **record)
+
+
+def _on_pictures(arguments: Namespace) -> None:
+    config, learning = _config(arguments), learning_of(arguments)
+    dataset = pictures.PictureFolder(
+        arguments.data,
+        arguments.cutouts,
+        ModelInputs.of(arguments.model),
+        template=arguments.template,
+        resolution=arguments.resolution,
+        backgrounds=arguments.backgrounds,
+        subject=arguments.subject,
+        seed=config.seed,
+    )
+
+    def build() -> SubjectTrainer:
+        pipeline = BlipDiffusionPipeline.from_pretrained(arguments.model)
+        parts = {name: getattr(pipeline, name) for name in representation.PARTS}
+        settings = {"scheduler": pipeline.scheduler.config, "empty": empty_prompt(pipeline)}
+        trainer = SubjectTrainer(
+            **parts, **settings, learning=learning, vae=pipeline.vae, position=pipeline.config.ctx_begin_pos
+        )
+        for path in arguments.start_from:
+            start(trainer, path)
+        return trainer
+
+    batches = pictures.batches(dataset, arguments.batch, config.seed, threads=arguments.threads)
+    record = {"learning": dataclasses.asdict(learning), "start_from": arguments.start_from}
+    record |= {"data": arguments.data, "template": arguments.template, "pictures": len(dataset)}
+    train(config, build, batches, _drawn(arguments, dataset), **record)
+
+
+def _drawn(arguments: Namespace, dataset: pictures.PictureFolder, steps: int = 25, scale: float = 7.5) -> Evaluate:
+    """What draws, at checkpoints, what the encoder sees of some pictures, what is generated of them, and the pictures."""
+    entries = [dataset.rows[at][0] for at in np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(int))]
+    prompts = [f"a {entry.subject}" for entry in entries]
+
+    def evaluate(step: int, folder: Path) -> dict[str, float]:
+        pipeline = export.with_weights(arguments.model, folder / "ema.safetensors").to(arguments.device)
+        model, given = Model.of(pipeline), [Image.open(entry.picture).convert("RGB") for entry in entries]
+        subjects = pipeline.subject_embeddings([[one] for one in given], [entry.subject for entry in entries])
+        made = grids.sample_batch(model, prompts, subjects.split(1), range(len(entries)), steps, scale)
+        rows = [[np.asarray(one.resize(made[0].size)) for one in row] for row in (given, made)]
+        save_image(grids.tiled(rows, 1), folder / f"grid-{step:06d}.png")
+        return {}
+
+    return evaluate
+
+
+def _structure(arguments: Namespace) -> None:
+    config, folder = _config(arguments), arguments.model or miniature_folder()
+    pipeline = BlipDiffusionPipeline.from_pretrained(folder)
+    batches = structure.batches(scenes.Cache(arguments.scenes), arguments.batch, config.seed)
+
+    def build() -> structure.StructureTrainer:
+        trainer = structure.StructureTrainer(pipeline)
+        for path in arguments.start_from:
+            trainer.load_state_dict(load_file(path))
+        return trainer
+
+    train(config, build, batches, model=folder, start_from=arguments.start_from)
+
+
+def _export(arguments: Namespace) -> None:
+    if arguments.vae:
+        export.export(arguments.run, arguments.vae, arguments.out)
+    elif arguments.model:
+        export.export_onto(arguments.run, arguments.model, arguments.out)
+    else:
+        export.export_controlnet(arguments.run, arguments.structure, arguments.out)
