@@ -203,9 +203,12 @@ def test_it_survives_saving_in_the_layout_of_the_public_checkpoint(pipeline, pla
     plain.save_pretrained(tmp_path / "plain")
     with pytest.raises(ModelError, match="controlnet/config.json missing"):
         BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "plain")
-    put = BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "plain", controlnet=pipeline.controlnet)
-    put.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(put), generate(pipeline))
+    for put in (
+        BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "plain", controlnet=pipeline.controlnet),
+        BlipDiffusionControlNetPipeline.from_pipe(plain, controlnet=pipeline.controlnet),
+    ):
+        put.set_progress_bar_config(disable=True)
+        assert torch.equal(generate(put), generate(pipeline))
     (tmp_path / "model" / "controlnet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match="controlnet has no weights"):
         BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "model")
@@ -401,6 +404,12 @@ def test_a_hub_name_downloads_the_networks_files_alone(tmp_path, monkeypatch) ->
     assert type(editor.model.controlnet) is ControlNetModel
     ((name, options),) = asked
     assert name == "owner/name" and options.keys() == {"allow_patterns", "token"} and "config.json" in options["allow_patterns"]
+
+
+def test_the_controlnet_that_is_shipped_belongs_to_the_miniature() -> None:
+    editor = Editor.from_pretrained(controlnet="edges")
+    assert editor.model.controlnet.config.conditioning_embedding_out_channels == [16, 32, 64]
+    assert editor.model.controlnet.dtype == torch.float32
 
 
 def test_edges_is_the_controlnet_that_comes_with_the_library(miniature_folder, edges_folder, tmp_path, monkeypatch) -> None:
