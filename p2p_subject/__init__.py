@@ -22,7 +22,6 @@ _HOMES = {
     "Editor": "editor",
     "EmbeddedSubject": "subject",
     "Finetuned": "finetuning",
-    "HEDdetector": "control_images",
     "MixedSubject": "subject",
     "P2PSubjectError": "errors",
     "Source": "source",

@@ -21,8 +21,8 @@ PROGRAM = "p2p-subject"
 METHODS = ("direct", "ddim", "fixed_point", "negative_prompt", "null_text", "edit_friendly")
 """Inversion methods, as in `p2p_subject.inverting.METHODS`, which imports torch."""
 
-KINDS = ("canny", "scribble", "depth")
-"""Control pictures, as in `p2p_subject.control_images.KINDS`, which imports numpy."""
+KINDS = ("canny", "scribble")
+"""Control pictures made of a picture alone, as in `p2p_subject.control_images.DRAWN`, which imports numpy."""
 
 
 class UsageError(Exception):
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _source_arguments(edit)
     edit.add_argument("--swap", type=_word, metavar="WORD", help="word of the prompt to replace; WORD#1 for its second place")
     _subject_arguments(edit)
-    _control_arguments(edit, "the kind of it to be made from SOURCE")
+    _control_arguments(edit, "the kind of it to be made of SOURCE")
     edit.add_argument("--target-prompt", metavar="TEXT", help="prompt of the result (default: follows from --swap, --category)")
     edit.add_argument("--weight", action="append", type=_weight, metavar="WORD=F", help="how much a word of the result counts")
     edit.add_argument("--out", required=True, metavar="FILE", help="the edited picture (.png, .jpg, .webp, .tif or .bmp)")
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     generate = command("generate", "generate a picture, of a subject if one is given")
     generate.add_argument("prompt", metavar="PROMPT", help='such as "a dog on grass"; a subject stands behind its first word')
     _subject_arguments(generate)
-    _control_arguments(generate, "KIND:FILE to make one from a picture")
+    _control_arguments(generate, "KIND:FILE to make one of a picture")
     about = "the picture (.png, .jpg, .webp, .tif or .bmp); of several, NAME_1.png, NAME_2.png and so on"
     generate.add_argument("--out", required=True, metavar="FILE", help=about)
     generate.add_argument("--count", type=_count, default=1, metavar="N", help="pictures, each of the next seed (default 1)")
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     stylize.add_argument("--prompt", required=True, metavar="TEXT", help='what to show, such as "a teapot on a marble table"')
     stylize.add_argument("--out", required=True, metavar="FILE", help="the picture (.png, .jpg, .webp, .tif or .bmp)")
     stylize.add_argument("--save-source", metavar="FILE", help="keep the generation (.safetensors) as SOURCE of later edits")
-    _control_arguments(stylize, "the kind of it to be made from STRUCTURE (default canny)")
+    _control_arguments(stylize, "the kind of it to be made of STRUCTURE (default canny)")
     stylize.set_defaults(control="canny")
     _common_arguments(stylize)
     _guidance_arguments(stylize)
@@ -106,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         help="the word's map, its share at each pixel, or its pooled map (default heat)",
     )
     heatmap.add_argument("--out", required=True, metavar="FILE", help="the panels on one sheet")
-    _control_arguments(heatmap, "the kind of it to be made from SOURCE")
+    _control_arguments(heatmap, "the kind of it to be made of SOURCE")
     _common_arguments(heatmap)
 
     finetune = command("finetune", "learn a subject from a few pictures; the result is a small folder for --model")
@@ -141,7 +141,7 @@ def _subject_arguments(own: argparse.ArgumentParser, *, required: bool = False) 
 
 
 def _control_arguments(own: argparse.ArgumentParser, otherwise: str) -> None:
-    kinds = f"a control picture, or {otherwise}: {', '.join(KINDS)}"
+    kinds = f"a control picture, or {otherwise}: {' or '.join(KINDS)}"
     own.add_argument("--control", metavar="KIND|FILE", help=kinds)
     own.add_argument("--control-strength", type=_strength, metavar="F", help="how strongly the structure counts (default 1)")
     own.add_argument("--controlnet", metavar="NAME", help="folder or hub name (default: the model's own, or edges)")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from p2p_subject import __version__
-from p2p_subject.control_images import KINDS, control_image
+from p2p_subject.control_images import KINDS
 from p2p_subject.edits import Blend, EditSpec, Subject, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
@@ -245,7 +245,7 @@ def subject_of(arguments: Namespace) -> AnySubject | None:
 
 
 def control_of(arguments: Namespace, opened: Image.Image | Source | None = None) -> Any:
-    """The control picture that the arguments name, or the kind of it that is to be made from the picture `opened`.
+    """`control` of a call, for the control picture that the arguments name or the kind of it, to be made of `opened`; checked.
 
     Where a ControlNet will be needed and none is named, that of the miniature is, on the miniature.
     """
@@ -258,12 +258,10 @@ def control_of(arguments: Namespace, opened: Image.Image | Source | None = None)
     needed = arguments.control is not None or getattr(opened, "structure", None) is not None
     if needed and arguments.model is None and arguments.controlnet is None:
         arguments.controlnet = EDGES
-    if arguments.control is None or (opened is not None and arguments.control in KINDS):
-        return arguments.control
-    kind, _, file = arguments.control.partition(":")
-    if file and kind in KINDS:
-        return control_image(load_image(file, what="control"), kind)
-    return Structure.read(arguments.control, 1, size=getattr(opened, "size", None)).picture
+    kind, _, file = (arguments.control or "").partition(":")
+    control = (kind, load_image(file, what="control")) if file and kind in KINDS else arguments.control
+    Structure.read(control, 1, of=None if isinstance(opened, Source) else opened)
+    return control
 
 
 def _blend(arguments: Namespace) -> Blend | None:

@@ -18,18 +18,18 @@ from p2p_subject.images import load_image
 from p2p_subject.outputs import feather
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import Pipeline
 
-__all__ = ["KINDS", "CannyDetector", "HEDdetector", "canny", "control_image", "depth", "scribble"]
+__all__ = ["DRAWN", "KINDS", "CannyDetector", "HEDdetector", "canny", "control_image", "depth", "scribble"]
 
 
 def control_image(picture: Any, kind: str, **options: Any) -> Image.Image:
     """Make a control picture of a kind, one of `KINDS`, from a picture (PIL, path, bytes, array or tensor).
 
     `options` are those of the function of that kind: "canny" takes `low`, `high` and `sigma`, "scribble" `low`, `high` and
-    `width`, "depth" `file` or `model`. Returns RGB of the picture's size. Raises `ArgumentError` for another kind, option or
-    value, `ImageError` for what is no picture.
+    `width`, "depth" `file` or `model`. Returns RGB of the picture's size, which should be about the one that is generated:
+    lines made of a large photo fade when it is made smaller. Raises `ArgumentError` for another kind, option or value,
+    `ImageError` for what is no picture.
     """
     if not isinstance(kind, str) or kind not in KINDS:
         raise ArgumentError(f"kind={kind!r};{did_you_mean(str(kind), KINDS)} expected one of {list(KINDS)}")
@@ -84,19 +84,19 @@ def depth(picture: Image.Image, file: Any = None, model: str | None = None) -> I
             f"depth: {given} of file and model given; pass one: file= a picture of the depth, or model= a depth-estimation "
             'model of transformers, such as "Intel/dpt-large"'
         )
-    found = load_image(file, what="depth") if model is None else _levels(_depth_model(model)(picture)["predicted_depth"])
-    return found.convert("L").resize(picture.size, Image.Resampling.BICUBIC).convert("RGB")
-
-
-def _levels(depth: Tensor) -> Image.Image:
-    """Relative depth (1, h, w) or (h, w) from its least to its most; the releases of transformers scale it differently."""
-    values = depth.detach().cpu().float().squeeze().numpy()
-    span = float(np.ptp(values))
-    return Image.fromarray(np.rint(255 * (values - values.min()) / (span or 1.0)).astype(np.uint8))
+    if model is None:
+        found = load_image(file, what="depth").convert("L")
+    else:
+        # Turned into a picture here, from black to white, since releases of transformers differ in how they do it.
+        values = _depth_model(model)(picture)["predicted_depth"].squeeze().float().numpy()
+        found = Image.fromarray(np.rint(255 * (values - values.min()) / max(np.ptp(values), 1e-12)).astype(np.uint8))
+    return found.resize(picture.size, Image.Resampling.BICUBIC).convert("RGB")
 
 
 KINDS: dict[str, Callable[..., Image.Image]] = {"canny": canny, "scribble": scribble, "depth": depth}
 """What control pictures there are, by name: functions of an RGB picture and options."""
+DRAWN = ("canny", "scribble")
+"""Those that need nothing but the picture."""
 
 
 class CannyDetector:

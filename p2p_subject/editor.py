@@ -20,7 +20,7 @@ from p2p_subject.blend import competitors, region, rule_of
 from p2p_subject.edits import Blend, EditSpec, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, SubjectError
 from p2p_subject.gathering import gather
-from p2p_subject.generating import generate, requests, sides
+from p2p_subject.generating import generate, requests
 from p2p_subject.images import fit, load_image
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
@@ -99,9 +99,9 @@ class Editor:
         `prompt`, `subject` and `seed` may be lists: B pictures, a list of sources, in one batch; a value that is not in a list
         serves every row. `subject` puts a `Subject` behind the prompt's first word ("a dog on grass"). `latents` (1 or B, C, h,
         w) is the noise to start from; otherwise `seed` draws it (None: a random one). `size` (width, height) in pixels; None is
-        the model's own, or of the shape of `control`. `callback` as in `edit`. `control` is a control picture (see
-        `control_image`) for the model's ControlNet to keep the structure to, as strongly as `control_strength`; edits of the
-        result keep to it too.
+        the model's own, or of the shape of `control`. `callback` as in `edit`. `control` is what the model's ControlNet keeps
+        the structure to, as strongly as `control_strength`: a control picture (see `control_image`), or its kind and a picture
+        to make it of, such as ("canny", "photo.png"). Edits of the result keep to it too.
 
         The steps are DDIM's, which edits need. To sample by another scheduler, with the prompt's strength of BLIP-Diffusion and
         its repetition, call the pipeline, `editor.model.pipeline`.
@@ -129,7 +129,6 @@ class Editor:
         prompt: str,
         control: Any = "canny",
         control_strength: float = 1.0,
-        size: tuple[int, int] | None = None,
         **options: Any,
     ) -> Source:
         """Subject-driven style transfer (Li et al. 2023): the style of one picture, the structure of another.
@@ -137,19 +136,16 @@ class Editor:
         `style`, such as `Subject("flower.png", "flower")`, is the subject of a generation that keeps to the structure of the
         picture `structure`; `prompt` says what it shows, beginning with an article, behind which the style is inserted: "a
         teapot on a marble table". `control` is the kind of control picture that is made of `structure`, or one that is drawn
-        already. `size` None is of the shape of `structure`, near the model's own area. `options` are those of `generate`.
-        Returns what `generate` returns; raises `ArgumentError` where the model carries no ControlNet.
+        already. `options` are those of `generate`; without a `size`, the picture has the shape of `structure`. Raises
+        `ArgumentError` where the model carries no ControlNet.
         """
         if not isinstance(style, AnySubject):
             raise SubjectError(f"style={style!r}; expected Subject(picture, category)")
         if control is None:
             raise ArgumentError("control=None; expected a kind of control picture, such as 'canny', or one that is drawn")
-        picture = load_image(structure, what="structure")
-        own = {"area": self.model.area} if size is None else {"size": sides(self.model, size)}
-        fitted, _ = fit(picture, multiple=self.model.multiple, **own)
-        drawn = Structure.read(control, control_strength, of=fitted, size=picture.size).picture
-        given = {"control": drawn, "control_strength": control_strength, "size": fitted.size}
-        return self.generate(prompt, subject=style, **given, **options)
+        kept = Structure.read(control, control_strength, of=load_image(structure, what="structure"))
+        given = kept.picture if kept.kind is None else (kept.kind, kept.picture)
+        return self.generate(prompt, subject=style, control=given, control_strength=control_strength, **options)
 
     @torch.no_grad()
     def invert(
@@ -194,9 +190,9 @@ class Editor:
         words = model.layout(prompt)
         picture = load_image(image)
         fitted, frame = fit(picture, multiple=model.multiple, max_pixels=max_pixels, area=model.area)
-        structure = Structure.read(control, control_strength, of=fitted, size=picture.size)
+        structure = Structure.read(control, control_strength, of=picture)
         model.require_structure(structure)
-        structure = None if structure is None else structure.resized(frame.model_size)
+        structure = None if structure is None else structure.drawn(frame.model_size)
         with model.controlled(), model.frozen():
             latents = model.encode_images([fitted])
             run = inverting.Inversion(

@@ -85,7 +85,7 @@ def generate(
             model.require_subject(row.subject)
     noise = _noise(model, latents, [row.seed for row in wanted], size)
     if structure is not None:
-        structure = structure.resized(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
+        structure = structure.drawn(tuple(side * model.scale_factor for side in reversed(noise.shape[-2:])))
     maps = MapMean(map_size(model.unet, tuple(noise.shape[-2:])), steps)
     with model.controlled():
         negative = model.structured(model.unconditional(negative_prompt), structure)

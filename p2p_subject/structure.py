@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inversion import TrajectoryError
 from p2p_subject import checks
-from p2p_subject.control_images import KINDS, control_image
+from p2p_subject.control_images import DRAWN, KINDS, control_image
 from p2p_subject.errors import ArgumentError, ImageError, did_you_mean
 from p2p_subject.images import load_image, to_tensor
 
@@ -27,59 +27,57 @@ PROPORTION = 0.02
 class Structure:
     """What a ControlNet is given.
 
-    `picture` (RGB) is drawn as the ControlNet was trained on, such as edges by `control_image`; in a `Source` it has the
-    model's size. `strength`, 0 or more, multiplies what the ControlNet adds to the U-Net.
+    `picture` (RGB) is drawn as the ControlNet was trained on, such as edges; in a `Source` it has the model's size.
+    `strength`, 0 or more, multiplies what the ControlNet adds to the U-Net. `kind`, if any, says that the picture is an
+    ordinary one yet, of which that kind of control picture is to be made, once it has the size that is generated.
     """
 
     picture: Image.Image
     strength: float = 1.0
+    kind: str | None = None
 
     @classmethod
-    def read(
-        cls, control: Any, strength: Any, of: Image.Image | None = None, size: tuple[int, int] | None = None
-    ) -> Structure | None:
+    def read(cls, control: Any, strength: Any, of: Image.Image | None = None) -> Structure | None:
         """Read the arguments `control` and `control_strength` of a call; None where there is no control.
 
-        `control`: a control picture (anything `load_image` takes), or a kind of them, to be made from the picture `of`. A
-        given one must have the proportions of `size` (width, height).
+        `control`: a control picture (anything `load_image` takes), (kind, picture) to make one of a picture, or the kind alone,
+        to be made of the picture `of`, whose proportions a control picture must have.
 
         Raises:
-            ArgumentError: a kind without a picture to make it from, or a strength that is none.
+            ArgumentError: a kind that there is not, or without a picture to make it of; a strength that is none.
             ImageError: what is no picture, or one of other proportions.
         """
         if not checks.is_number(strength, 0):
             raise ArgumentError(f"control_strength={strength!r}; expected a number of 0 or more, such as 1")
         if control is None:
             return None
-        if isinstance(control, str) and control in KINDS:
+        if isinstance(control, tuple) and len(control) == 2:
+            return cls(load_image(control[1], what="control"), float(strength), _kind(control[0]))
+        if isinstance(control, str) and (control in KINDS or not Path(control).exists()):
+            kind = _kind(control)
             if of is None:
                 raise ArgumentError(
-                    f"control={control!r} names a kind of control picture, and there is no picture to make it from; pass "
-                    f"control_image(picture, {control!r}) or a file"
+                    f"control={control!r} names a kind of control picture, and there is no picture to make it of; pass both, "
+                    f"({control!r}, picture), or a control picture"
                 )
-            return cls(control_image(of, control), float(strength))
-        if isinstance(control, str) and not Path(control).exists():
-            raise ArgumentError(
-                f"control={control!r}: there is no such file, nor such a kind of control picture."
-                f"{did_you_mean(control, KINDS)} Pass a picture, a path, or one of {list(KINDS)}"
-            )
+            return cls(of, float(strength), kind)
         picture = load_image(control, what="control")
-        if size is not None:
-            width, height = size
-            misfit = abs(math.log(picture.width * height / (picture.height * width)))
+        if of is not None:
+            misfit = abs(math.log(picture.width * of.height / (picture.height * of.width)))
             # A pixel more or less is no other proportion, however small the picture.
-            if misfit > max(PROPORTION, 1 / min(*picture.size, *size)):
+            if misfit > max(PROPORTION, 1 / min(*picture.size, *of.size)):
                 raise ImageError(
-                    f"control is {picture.width}x{picture.height} pixels, the picture it belongs to {width}x{height}; draw it "
-                    "at the picture's size, or crop both alike"
+                    f"control is {picture.width}x{picture.height} pixels, the picture it belongs to {of.width}x{of.height}; "
+                    "draw it at that picture's size, or crop both alike"
                 )
         return cls(picture, float(strength))
 
-    def resized(self, size: tuple[int, int]) -> Structure:
-        """The same with its picture at `size` (width, height)."""
-        if self.picture.size == size:
-            return self
-        return Structure(self.picture.resize(size, Image.Resampling.BICUBIC), self.strength)
+    def drawn(self, size: tuple[int, int]) -> Structure:
+        """The same with its control picture at `size` (width, height), made now if it was to be made."""
+        picture = self.picture
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling.BICUBIC if self.kind is None else Image.Resampling.LANCZOS)
+        return Structure(picture if self.kind is None else control_image(picture, self.kind), self.strength)
 
     def tensor(self) -> Tensor:
         """The picture as (1, 3, H, W) float32 in [0, 1]."""
@@ -112,3 +110,15 @@ class Structure:
                 "control_strength, a number of 0 or more. Generate or invert the picture again"
             )
         return cls(Image.fromarray(picture.numpy()), strength.item())
+
+
+def _kind(name: Any) -> str:
+    if not isinstance(name, str) or name not in KINDS:
+        close = did_you_mean(str(name), KINDS)
+        raise ArgumentError(
+            f"control={name!r}: there is no such file, nor such a kind of control picture.{close} Pass a picture, a path, or a "
+            f"kind, one of {list(DRAWN)}"
+        )
+    if name not in DRAWN:
+        raise ArgumentError(f"control={name!r} takes more than a picture; pass control_image(picture, {name!r}, ...)")
+    return name

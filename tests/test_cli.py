@@ -209,10 +209,10 @@ class TestControl:
         [
             (("generate", "a dog", "--controlnet", "x"), "--controlnet without a control picture; add"),
             (("generate", "a", "--control-strength", "1", "--controlnet", "x"), "--control-strength and --controlnet without"),
-            (("generate", "a dog", "--control", "canny"), "no picture to make it from"),
+            (("generate", "a dog", "--control", "canny"), "no picture to make it of"),
             (("generate", "a dog", "--control", "cany"), "Did you mean 'canny'?"),
             (("generate", "a dog", "--control", "canny:nowhere.png"), "there is no such file"),
-            (("generate", "a dog", "--control", "depth:{scene}"), "neither of file and model"),
+            (("generate", "a dog", "--control", "depth:{scene}"), "takes more than a picture"),
             (("generate", "a dog", "--control-strength", "-1"), "--control-strength: '-1'; expected a number of 0 or more"),
             (("stylize", "no.png", "--style", "{dog0}", "--category", "dog", "--prompt", "a bell"), "structure 'no.png'"),
         ],

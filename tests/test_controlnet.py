@@ -203,9 +203,12 @@ def test_it_survives_saving_in_the_layout_of_the_public_checkpoint(pipeline, pla
     plain.save_pretrained(tmp_path / "plain")
     with pytest.raises(ModelError, match="controlnet/config.json missing"):
         BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "plain")
-    put = BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "plain", controlnet=pipeline.controlnet)
-    put.set_progress_bar_config(disable=True)
-    assert torch.equal(generate(put), generate(pipeline))
+    for put in (
+        BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "plain", controlnet=pipeline.controlnet),
+        BlipDiffusionControlNetPipeline.from_pipe(plain, controlnet=pipeline.controlnet),
+    ):
+        put.set_progress_bar_config(disable=True)
+        assert torch.equal(generate(put), generate(pipeline))
     (tmp_path / "model" / "controlnet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ModelError, match="controlnet has no weights"):
         BlipDiffusionControlNetPipeline.from_pretrained(tmp_path / "model")
@@ -403,6 +406,12 @@ def test_a_hub_name_downloads_the_networks_files_alone(tmp_path, monkeypatch) ->
     assert name == "owner/name" and options.keys() == {"allow_patterns", "token"} and "config.json" in options["allow_patterns"]
 
 
+def test_the_controlnet_that_is_shipped_belongs_to_the_miniature() -> None:
+    editor = Editor.from_pretrained(controlnet="edges")
+    assert editor.model.controlnet.config.conditioning_embedding_out_channels == [16, 32, 64]
+    assert editor.model.controlnet.dtype == torch.float32
+
+
 def test_edges_is_the_controlnet_that_comes_with_the_library(miniature_folder, edges_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("p2p_subject.loading.miniature_folder", lambda: miniature_folder)
     monkeypatch.setattr("p2p_subject.controlnets.edges_folder", lambda: edges_folder)
@@ -584,7 +593,9 @@ def test_control_and_controlnet_come_together_or_are_refused_before_a_network_ru
     [
         ({"control": "cany"}, ArgumentError, "'cany': there is no such file, nor such a kind.*Did you mean 'canny'"),
         ({"control": 3}, ImageError, "control is a int"),
-        ({"control": "depth"}, ArgumentError, "neither of file and model"),
+        ({"control": "depth"}, ArgumentError, r"takes more than a picture; pass control_image\(picture, 'depth', ...\)"),
+        ({"control": ("cany", photo())}, ArgumentError, "Did you mean 'canny'"),
+        ({"control": ("canny", "nowhere.png")}, ImageError, "no such file"),
         ({"control": "canny", "control_strength": -1}, ArgumentError, "control_strength=-1; expected a number of 0 or more"),
         ({"control": None, "control_strength": "x"}, ArgumentError, "control_strength='x'"),
         ({"control": Image.new("RGB", (32, 16))}, ImageError, "control is 32x16 pixels, the picture it belongs to 16x16"),
@@ -596,8 +607,15 @@ def test_wrong_controls_are_refused(first, given, error, message) -> None:
 
 
 def test_a_kind_of_control_picture_needs_a_picture_to_be_made_from(first) -> None:
-    with pytest.raises(ArgumentError, match=r"no picture to make it from; pass control_image\(picture, 'canny'\)"):
+    with pytest.raises(ArgumentError, match=r"no picture to make it of; pass both, \('canny', picture\)"):
         first.generate("a cat", control="canny")
+
+
+def test_a_control_picture_is_made_at_the_size_that_is_generated(first) -> None:
+    large = photo(640, 320)
+    source = first.generate("a cat", seed=0, steps=1, control=("canny", large), size=(16, 8))
+    assert np.array_equal(source.structure.picture, control_image(large.resize((16, 8), Image.Resampling.LANCZOS), "canny"))
+    assert source.structure.kind is None
 
 
 def test_a_control_picture_of_another_size_than_the_latents_is_named(first) -> None:
