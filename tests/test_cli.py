@@ -363,7 +363,11 @@ class TestDevices:
 class TestProcess:
     @pytest.mark.parametrize(
         "arguments",
-        [["--version"], ["--help"], *([name, "--help"] for name in ("edit", "generate", "finetune", "heatmap", "demo", "info"))],
+        [
+            ["--version"],
+            ["--help"],
+            *([name, "--help"] for name in ("edit", "generate", "finetune", "heatmap", "demo", "info")),
+        ],
     )
     def test_help_imports_nothing_heavy(self, arguments):
         code = (
