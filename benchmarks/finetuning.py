@@ -4,18 +4,17 @@
 
 Subjects are drawings that the model was not trained on (split "new_art"), each given by a few views. All methods see the same
 views in the same order, the same noise, timesteps, batch and optimiser, and are asked for the same pictures from the same
-seeds, which the independent judge sees. Learning rates are each method's own, chosen with `--tune` on other drawings than the
-reported ones. A run that was stopped goes on when its command is given again.
+seeds, which the independent judge sees. Learning rates are each method's own, chosen on other drawings than the reported ones
+(`--tune`). A run that was stopped goes on when its command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -25,30 +24,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.cost import machine
+from benchmarks.finetuning_methods import METHODS
 from benchmarks.finetuning_report import plot, tables
 from benchmarks.judge import Judge, right_category, right_look, to_batch
 from p2p_subject.context import Context
 from p2p_subject.drawing import sample_contexts
-from p2p_subject.finetuning import network
 from p2p_subject.finetuning.pictures import Views, encode, read_pictures
 from p2p_subject.finetuning.result import with_unet
-from p2p_subject.finetuning.trainer import Group, Trainer
+from p2p_subject.finetuning.trainer import Trainer
 from p2p_subject.models import Model
 from p2p_subject.outputs import atomic_write, save_image
-from p2p_subject.subject import Subject
-from p2p_subject.tokens import layout
 from p2p_subject.training import world
 from p2p_subject.viz import contact_sheet
 
 Row = dict[str, Any]
-RARE = "big"
-"""The word that DreamBooth binds to the subject: one token of the vocabulary that no caption of the training had."""
 MILESTONES = (0, 20, 40, 80, 120, 200, 300, 400, 600, 800, 1000)
 """Steps after which pictures are drawn, by default."""
 ART = tuple(sorted(world.HELD_OUT_ART))
@@ -88,15 +83,6 @@ class Case:
         return f"{self.method.replace(' ', '-')}{rate}_{kind}_seed{self.seed}"
 
 
-@dataclass(eq=False)
-class Learner:
-    """What a method trains, and what it tells the U-Net of a background ("on grass", or "" for the views themselves)."""
-
-    unet: UNet2DConditionModel
-    groups: list[Group]
-    contexts: Callable[[Sequence[str]], Tensor]
-
-
 def look_of(index: int, tuning: bool = False) -> world.Look:
     """Subject number `index`: a held-out drawing in its natural colours or a hue of its own; tuning has drawings of its own."""
     art = ART[:TUNING] if tuning else ART[TUNING:]
@@ -110,83 +96,6 @@ def pictures_of(look: world.Look, index: int, count: int, held_out: bool = False
     return [Image.fromarray(world.reference(look, "new_art", first + at)) for at in range(count)]
 
 
-def _with_unet(model: Model, lora: bool, rate: float, rank: int, seed: int) -> tuple[UNet2DConditionModel, list[Group]]:
-    unet = network.copy_of(model, share=lora)
-    weights = network.add_lora(unet, rank, rank, seed) if lora else network.unlock(unet)
-    return unet, [(weights, rate)]
-
-
-def ours(
-    model: Model, look: world.Look, views: Sequence[Image.Image], rate: float, rank: int, seed: int, lora: bool
-) -> Learner:
-    """The mean embedding of the views stands in the prompt, the U-Net is trained (Li et al. 2023, on fine-tuning)."""
-    embedding = model.embed(Subject(list(views), look.category))
-
-    @cache
-    def tokens(phrase: str) -> Tensor:
-        return model.encode(model.layout(_prompt(look.category, phrase), subject=True), embedding).tokens
-
-    unet, groups = _with_unet(model, lora, rate, rank, seed)
-    return Learner(unet, groups, lambda phrases: torch.cat([tokens(phrase) for phrase in phrases]))
-
-
-def dreambooth(
-    model: Model,
-    look: world.Look,
-    views: Sequence[Image.Image],
-    rate: float,
-    rank: int,
-    seed: int,
-    lora: bool,
-    text: bool = False,
-) -> Learner:
-    """A rare word before the category, the U-Net trained and the text encoder as well, or not (Ruiz et al. 2023)."""
-    unet, groups = _with_unet(model, lora, rate, rank, seed)
-    encoder = model.pipeline.text_encoder
-    if text:
-        encoder = copy.deepcopy(encoder).requires_grad_(True)
-        groups.append(({f"text.{name}": weight for name, weight in encoder.named_parameters()}, rate))
-
-    def contexts(phrases: Sequence[str]) -> Tensor:
-        ids = [model.layout(_prompt(f"{RARE} {look.category}", phrase)).ids for phrase in phrases]
-        with torch.set_grad_enabled(text and torch.is_grad_enabled()):
-            return encoder(torch.tensor(ids, device=model.device))
-
-    return Learner(unet, groups, contexts)
-
-
-def textual_inversion(
-    model: Model, look: world.Look, views: Sequence[Image.Image], rate: float, rank: int, seed: int
-) -> Learner:
-    """One new word in the category's place is trained alone, from the category's embedding on (Gal et al. 2023)."""
-    encoder = model.pipeline.text_encoder
-    table = encoder.text_model.embeddings.token_embedding.weight
-    (column,) = model.layout(look.category).content
-    token = nn.Parameter(table[model.layout(look.category).ids[column]].detach().clone()[None, None])
-
-    def contexts(phrases: Sequence[str]) -> Tensor:
-        rows = [
-            layout(model.pipeline.tokenizer, f"a {phrase}".strip(), subject_queries=1, max_length=model.window).prompt_ids
-            for phrase in phrases
-        ]
-        return encoder(torch.tensor(rows, device=model.device), token.expand(len(rows), -1, -1), 2)
-
-    return Learner(network.copy_of(model, share=True), [({"token": token}, rate)], contexts)
-
-
-def _prompt(noun: str, phrase: str) -> str:
-    return world.with_article(f"{noun} {phrase}".strip())
-
-
-METHODS: dict[str, tuple[Callable[..., Learner], dict[str, bool], float]] = {
-    "ours lora": (ours, {"lora": True}, 2e-3),
-    "ours full": (ours, {"lora": False}, 3e-4),
-    "dreambooth lora": (dreambooth, {"lora": True}, 2e-3),
-    "dreambooth full": (dreambooth, {"lora": False}, 3e-4),
-    "dreambooth text": (dreambooth, {"lora": False, "text": True}, 3e-4),
-    "textual inversion": (textual_inversion, {}, 1e-2),
-}
-"""Methods by name: what builds the learner, its options, and the learning rate that was best for it on the tuning drawings."""
 OURS_MOST = 120
 """Steps of ours: the most that the paper takes."""
 

@@ -151,7 +151,7 @@ def _finetuning_arguments(own: argparse.ArgumentParser) -> None:
     """Options that are fields of `p2p_subject.finetuning.Settings`, whose defaults hold where they are not given."""
     own.add_argument("--steps", type=int, metavar="N", help="optimiser steps (default 80)")
     own.add_argument("--method", choices=("lora", "full"), help="low-rank additions, or all of the U-Net (default lora)")
-    own.add_argument("--learning-rate", type=float, metavar="F", help="default 5e-4 for lora, 5e-5 for full")
+    own.add_argument("--learning-rate", type=float, metavar="F", help="default 1e-3 for lora, 5e-5 for full")
     own.add_argument("--batch", type=int, metavar="N", help="pictures a step (default 3)")
     own.add_argument("--rank", type=int, metavar="N", help="rank of the additions (default 8)")
     own.add_argument("--alpha", type=float, metavar="F", help="they count alpha / rank (default: the rank)")

@@ -201,9 +201,9 @@ class TestTraining:
 
     def test_it_learns(self, editor) -> None:
         for options in METHODS.values():
-            history = editor.finetune(PICTURES[:1], "dog", steps=30, validation=PICTURES[:1], **options).history
+            history = editor.finetune(PICTURES[:1], "dog", steps=10, validation=PICTURES[:1], **options).history
             measured = [row["validation"] for row in history if "validation" in row]
-            assert min(measured) < 0.97 * measured[0]
+            assert measured[-1] < 0.99 * measured[0]
 
     @pytest.mark.parametrize("method", METHODS)
     def test_the_same_seed_gives_the_same_weights_and_another_does_not(self, editor, method) -> None:
@@ -240,15 +240,16 @@ class TestTraining:
         assert [row["loss"] for row in plain.history] == pytest.approx([row["loss"] for row in saving.history], rel=1e-5)
         assert not saving.model.unet.is_gradient_checkpointing
 
+    @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("method", METHODS)
-    def test_half_precision_trains_float32_weights(self, base, method) -> None:
-        editor = Editor.from_pretrained(base, dtype=torch.bfloat16)
+    def test_half_precision_trains_float32_weights(self, base, method, half) -> None:
+        editor = Editor.from_pretrained(base, dtype=half)
         before = snapshot(editor)
         result = editor.finetune(PICTURES, "dog", steps=3, **METHODS[method])
         assert same(snapshot(editor), before)
         assert all(np.isfinite(row["loss"]) for row in result.history)
         dtypes = {name: weight.dtype for name, weight in result.model.unet.named_parameters()}
-        assert all(dtype == (torch.float32 if "lora" in name else torch.bfloat16) for name, dtype in dtypes.items())
+        assert all(dtype == (torch.float32 if "lora" in name else half) for name, dtype in dtypes.items())
         assert drawn(result.editor).std() > 0
 
     def test_a_loss_that_is_no_number_is_an_error(self, editor) -> None:
@@ -331,17 +332,18 @@ def forbidden(step: int, loss: float) -> None:
 
 class TestRuns:
     @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("step", [1, 3, 4])
-    def test_a_run_that_was_killed_ends_as_if_it_had_not_been(self, editor, tmp_path, method, step) -> None:
+    def test_a_run_that_was_killed_ends_as_if_it_had_not_been(self, editor, tmp_path, method) -> None:
         options = {**LONGER, **METHODS[method], "validation": [picture(8)]}
         whole = editor.finetune(PICTURES, "dog", **options)
-        with pytest.raises(Killed):
-            editor.finetune(PICTURES, "dog", out=tmp_path / "run", callback=killer(step), **options)
-        taken = []
-        result = editor.finetune(PICTURES, "dog", out=tmp_path / "run", callback=lambda done, _: taken.append(done), **options)
-        assert taken == list(range(step // 2 * 2 + 1, 6))
-        assert same(weights_of(result), weights_of(whole))
-        assert (result.step, result.history) == (whole.step, whole.history)
+        for step in (1, 3, 4):
+            folder = tmp_path / str(step)
+            with pytest.raises(Killed):
+                editor.finetune(PICTURES, "dog", out=folder, callback=killer(step), **options)
+            taken: list[int] = []
+            result = editor.finetune(PICTURES, "dog", out=folder, callback=lambda done, _, to=taken: to.append(done), **options)
+            assert taken == list(range(step // 2 * 2 + 1, 6))
+            assert same(weights_of(result), weights_of(whole))
+            assert (result.step, result.history) == (whole.step, whole.history)
 
     def test_the_folder_holds_the_result_and_grids_and_no_pictures(self, editor, tmp_path) -> None:
         result = editor.finetune(PICTURES, "dog", out=tmp_path / "dog", **LONGER)

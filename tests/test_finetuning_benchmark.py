@@ -12,6 +12,7 @@ import torch
 from benchmarks import finetuning as benchmark
 from benchmarks import finetuning_report as report
 from benchmarks.finetuning import Case, Settings
+from benchmarks.finetuning_methods import RARE
 from p2p_subject.training import world
 from p2p_subject.training.tokenizers import WORDS
 
@@ -47,9 +48,9 @@ def test_held_out_views_are_other_pictures() -> None:
 
 
 def test_the_rare_word_is_one_token_that_no_caption_of_the_training_has() -> None:
-    assert benchmark.RARE in WORDS
+    assert RARE in WORDS
     captions = {world.sample("train", at).caption(tint=tint) for at in range(3000) for tint in (False, True)}
-    assert not any(benchmark.RARE in caption.split() for caption in captions)
+    assert not any(RARE in caption.split() for caption in captions)
 
 
 @pytest.mark.parametrize("method", benchmark.METHODS)

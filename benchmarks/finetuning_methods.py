@@ -1,0 +1,115 @@
+"""The methods that `benchmarks.finetuning` compares: what each trains, and what it tells the U-Net of a picture."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+
+from p2p_subject.finetuning import network
+from p2p_subject.finetuning.trainer import Group
+from p2p_subject.models import Model
+from p2p_subject.subject import Subject
+from p2p_subject.tokens import layout
+from p2p_subject.training import world
+
+RARE = "big"
+"""The word that DreamBooth binds to the subject: one token of the vocabulary that no caption of the training had."""
+
+
+@dataclass(eq=False)
+class Learner:
+    """What a method trains, and what it tells the U-Net of a background ("on grass", or "" for the views themselves)."""
+
+    unet: UNet2DConditionModel
+    groups: list[Group]
+    contexts: Callable[[Sequence[str]], Tensor]
+
+
+def _with_unet(model: Model, lora: bool, rate: float, rank: int, seed: int) -> tuple[UNet2DConditionModel, list[Group]]:
+    unet = network.copy_of(model, share=lora)
+    weights = network.add_lora(unet, rank, rank, seed) if lora else network.unlock(unet)
+    return unet, [(weights, rate)]
+
+
+def ours(
+    model: Model, look: world.Look, views: Sequence[Image.Image], rate: float, rank: int, seed: int, lora: bool
+) -> Learner:
+    """The mean embedding of the views stands in the prompt, the U-Net is trained (Li et al. 2023, on fine-tuning)."""
+    embedding = model.embed(Subject(list(views), look.category))
+
+    @cache
+    def tokens(phrase: str) -> Tensor:
+        return model.encode(model.layout(_prompt(look.category, phrase), subject=True), embedding).tokens
+
+    unet, groups = _with_unet(model, lora, rate, rank, seed)
+    return Learner(unet, groups, lambda phrases: torch.cat([tokens(phrase) for phrase in phrases]))
+
+
+def dreambooth(
+    model: Model,
+    look: world.Look,
+    views: Sequence[Image.Image],
+    rate: float,
+    rank: int,
+    seed: int,
+    lora: bool,
+    text: bool = False,
+) -> Learner:
+    """A rare word before the category, the U-Net trained and the text encoder as well, or not (Ruiz et al. 2023)."""
+    unet, groups = _with_unet(model, lora, rate, rank, seed)
+    encoder = model.pipeline.text_encoder
+    if text:
+        encoder = copy.deepcopy(encoder).requires_grad_(True)
+        groups.append(({f"text.{name}": weight for name, weight in encoder.named_parameters()}, rate))
+
+    def contexts(phrases: Sequence[str]) -> Tensor:
+        ids = [model.layout(_prompt(f"{RARE} {look.category}", phrase)).ids for phrase in phrases]
+        with torch.set_grad_enabled(text and torch.is_grad_enabled()):
+            return encoder(torch.tensor(ids, device=model.device))
+
+    return Learner(unet, groups, contexts)
+
+
+def textual_inversion(
+    model: Model, look: world.Look, views: Sequence[Image.Image], rate: float, rank: int, seed: int
+) -> Learner:
+    """One new word in the category's place is trained alone, from the category's embedding on (Gal et al. 2023)."""
+    encoder = model.pipeline.text_encoder
+    table = encoder.text_model.embeddings.token_embedding.weight
+    (column,) = model.layout(look.category).content
+    token = nn.Parameter(table[model.layout(look.category).ids[column]].detach().clone()[None, None])
+
+    def contexts(phrases: Sequence[str]) -> Tensor:
+        rows = [
+            layout(model.pipeline.tokenizer, f"a {phrase}".strip(), subject_queries=1, max_length=model.window).prompt_ids
+            for phrase in phrases
+        ]
+        return encoder(torch.tensor(rows, device=model.device), token.expand(len(rows), -1, -1), 2)
+
+    return Learner(network.copy_of(model, share=True), [({"token": token}, rate)], contexts)
+
+
+def _prompt(noun: str, phrase: str) -> str:
+    return world.with_article(f"{noun} {phrase}".strip())
+
+
+METHODS: dict[str, tuple[Callable[..., Learner], dict[str, bool], float]] = {
+    "ours lora": (ours, {"lora": True}, 3e-3),
+    "ours full": (ours, {"lora": False}, 3e-4),
+    "dreambooth lora": (dreambooth, {"lora": True}, 3e-3),
+    "dreambooth full": (dreambooth, {"lora": False}, 3e-4),
+    "dreambooth text": (dreambooth, {"lora": False, "text": True}, 3e-4),
+    "textual inversion": (textual_inversion, {}, 1e-2),
+}
+"""Methods by name: what builds the learner, its options, and its learning rate.
+
+Chosen on tuning drawing 1, in 80 steps: of 1e-3, 3e-3, 1e-2 for low-rank weights, of 1e-4, 3e-4, 1e-3 for all weights, of 1e-2,
+5e-2 for a new word. DreamBooth, which trains the same weights, takes the same rates; `--tune` compares others.
+"""
