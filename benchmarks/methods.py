@@ -41,9 +41,9 @@ class Method:
     `inversion` with its `options`, `steps`, `guidance_scale` (None: the model's own), `skip` and `paste` are those of
     `Editor.invert` and `Editor.edit`. `edit` are fields of `EditSpec`, `blend` fields of `Blend` (None: all of the picture may
     change), whose words are the case's. `pie` are fields of the edit that the published code uses on PIE-Bench instead, with
-    `weight` for the target's word. `published` aligns prompts as the published controllers do. `reconstructs` follows the
-    source's generation from its noise without guidance, instead of the inverted latents. `subjects`: for swaps alone.
-    `mask_input`: it is given the true mask.
+    `weight` for the target's word. `published` aligns prompts as the published controllers do: "replace" for prompts of as many
+    words, "refine" for others, for subjects, and where `pie` holds. `reconstructs` follows the source's generation from its
+    noise without guidance, instead of the inverted latents. `subjects`: for swaps alone. `mask_input`: given the true mask.
     """
 
     paper: str
@@ -75,9 +75,9 @@ class Method:
             given["weights"] = dict.fromkeys(case.target_words, weight)
         with_subject = takes_subjects and bool(case.references)
         if self.published:
-            swaps_words = len(case.prompt.split()) == len(case.target_prompt.split())
-            plain = with_subject or case.suite == PIE_BENCH or not swaps_words
-            given |= {"alignment": "refine" if plain else "replace", "padding": "reference"}
+            as_many_words = len(case.prompt.split()) == len(case.target_prompt.split())
+            refines = with_subject or not as_many_words or (case.suite == PIE_BENCH and bool(self.pie))
+            given |= {"alignment": "refine" if refines else "replace", "padding": "reference"}
         given["blend"] = self._blend(case, with_subject)
         if with_subject:
             return swap_subject(case.source_words[0], Subject(list(case.references), case.category), **given)

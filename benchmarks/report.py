@@ -30,7 +30,8 @@ STAR = "\\* was given the true mask (`mask_input`); n is the number of cases wit
 def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """What the figures hold for, one a line; more than one code, device or set of versions in a run is said."""
     values = settings["settings"]
-    lines = [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
+    lines = [f"command: {command}" for command in settings.get("commands", [])]
+    lines += [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
     for name in ("device", "machine", "code", "versions"):
         found = list(dict.fromkeys(_text(row[name]) for row in rows))
         mixed = f" (MIXED: {len(found)} in one run)" if len(found) > 1 and name in ("code", "versions") else ""

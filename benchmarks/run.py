@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.method_names import applies, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
-from benchmarks.run_folder import ROWS, Row, RunFolder, read_rows
+from benchmarks.run_folder import ROWS, Row, RunError, RunFolder, read_rows
 from benchmarks.suite import Options, Suite
 from benchmarks.suites import SUITES, open_suite
 from benchmarks.worker import Settings, Worker, begin, require_possible, work
@@ -77,16 +79,27 @@ def rows_of(settings: Settings, tasks: Sequence[Task], devices: Sequence[str], p
     pool = ProcessPoolExecutor(len(devices) * processes, context, begin, (settings, queue))
     try:
         yield from (done.result() for done in as_completed([pool.submit(work, *task) for task in tasks]))
+    except BrokenProcessPool as error:
+        raise RunError("a process of the run died (out of memory?); what is done is kept, the same command goes on") from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def measure(settings: Settings, devices: Sequence[str] = ("cpu",), processes: int = 1, retry: bool = False) -> list[Row]:
-    """Run what the folder does not hold yet; returns the rows of the call's methods and cases."""
+def measure(
+    settings: Settings,
+    devices: Sequence[str] = ("cpu",),
+    processes: int = 1,
+    retry: bool = False,
+    command: str | None = None,
+) -> list[Row]:
+    """Run what the folder does not hold yet; returns the rows of the call's methods and cases.
+
+    `retry` runs cases that failed again; `command` is how to repeat the run, for its report.
+    """
     suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
     tasks = plan(suite, methods)
     folder = RunFolder(settings.out)
-    with folder.opened(record(settings, suite), {name: described(method) for name, method in methods.items()}):
+    with folder.opened(record(settings, suite), {name: described(method) for name, method in methods.items()}, command):
         if retry:
             folder.forget_failures()
         missing = [task for task in tasks if (task[0], task[2]) not in folder.rows]
@@ -150,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.dry_run:
             print(preview(settings))
             return 0
-        rows = measure(settings, devices, given.processes, given.retry)
+        command = shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)])
+        rows = measure(settings, devices, given.processes, given.retry, command)
     except P2PSubjectError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -42,12 +42,14 @@ class RunFolder:
         self.rows: dict[tuple[str, str], Row] = {}
 
     @contextmanager
-    def opened(self, settings: Mapping[str, Any], methods: Mapping[str, Any]) -> Iterator[RunFolder]:
+    def opened(
+        self, settings: Mapping[str, Any], methods: Mapping[str, Any], command: str | None = None
+    ) -> Iterator[RunFolder]:
         """Hold the folder for the duration of a `with` block, to add rows.
 
         `settings` must be those that it was begun with; `methods`, by name, may be added to but not changed. What a killed run
         left of its last line is cut off. Raises `RunError` for other settings, for damaged rows, and where another process
-        holds the folder.
+        holds the folder. `command`, if any, is noted, so that the report can say how to repeat the run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("a") as lock:
@@ -59,6 +61,8 @@ class RunFolder:
             self.rows = _parsed(whole, self.path)
             if whole != written or not written:
                 atomic_write(self.path / ROWS, whole)
+            commands = [] if known is None else known.get("commands", [])
+            merged["commands"] = list(dict.fromkeys([*commands, *([command] if command else [])]))
             atomic_write(self.path / SETTINGS, json.dumps(merged, indent=2))
             yield self
 

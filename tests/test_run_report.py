@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -97,6 +99,7 @@ def test_ancestors_edit_with_published_settings() -> None:
     assert lavis.blend.source_words == swap.source_words and lavis.blend.target_words == () and lavis.blend.start == 0
     assert (lavis.self_resolution, lavis.alignment) == (16, "refine") and lavis.subject.category == swap.category
     friendly = METHODS["edit-friendly+p2p"]
+    assert friendly.spec(replace(words, suite="pie"), True).alignment == "replace"
     assert friendly.spec(swap, True).blend is None and friendly.skip == 0.24 and friendly.options == {"guidance_scale": 1.0}
     assert not any(method.paste for name, method in METHODS.items() if isinstance(method, Method) and "ours" not in name)
 
@@ -330,6 +333,24 @@ def test_several_processes_give_the_same_rows_and_pictures(miniature_folder: Pat
     assert kept[0] == kept[1] and len(kept[0][0]) == 4
 
 
+def test_a_process_that_dies_ends_the_run_with_a_word_on_how_to_go_on(
+    everything: Path, miniature_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(ThreadPoolExecutor):
+        def __init__(self, processes: int, *rest: object) -> None:
+            super().__init__(processes)
+
+        def submit(self, *task: object) -> Future:
+            done: Future = Future()
+            done.set_exception(BrokenProcessPool("killed"))
+            return done
+
+    monkeypatch.setattr(run, "ProcessPoolExecutor", Dying)
+    with pytest.raises(RunError, match="the same command goes on"):
+        run.measure(settings_of(miniature_folder, everything, "ours", count=2), processes=2)
+    assert ("ours", "swap-0001") not in {(row["method"], row["case"]) for row in read_rows(everything)}
+
+
 def test_what_needs_subjects_is_refused_for_a_model_without(tmp_path: Path) -> None:
     stable_diffusion_1().save_pretrained(tmp_path / "sd")
     settings = settings_of(tmp_path / "sd", tmp_path / "out", "lavis")
@@ -375,7 +396,7 @@ def made_run(folder: Path) -> Path:
     failed |= {"error": "ValueError: <oops>", "metrics": dict.fromkeys(failed["metrics"]), "pictures": {}}
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    kept = {"settings": {"suite": "world", "steps": 50}, "methods": {"good": {}, "bad": {}}}
+    kept = {"settings": {"suite": "world", "steps": 50}, "methods": {"good": {}, "bad": {}}, "commands": ["python -m x"]}
     (folder / "run.json").write_text(json.dumps(kept))
     return folder
 
@@ -429,6 +450,7 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     text = report.report(made_run(tmp_path), against="bad", shown=4)
     assert (tmp_path / "report.md").read_text() == text and "## swap (6 cases)" in text and "1 failed" in text
+    assert "command: python -m x" in text
     html = (tmp_path / "report.html").read_text()
     found = Page(html)
     assert found.sources and all(source.startswith("data:image/") for source in found.sources)
