@@ -174,13 +174,19 @@ def main() -> None:
         with_stage_one, learning = VARIANTS[name]
         source = arguments.stage_one if with_stage_one else untrained(arguments.out)
         build = builder(learning, [miniature_folder(), source])
-        if not (folder / "figures.json").exists():
-            train(config, build, cache.batches(arguments.batch, 0), learning=dataclasses.asdict(learning))
+        own = {"count": arguments.count, "sampling_steps": arguments.sampling_steps, "guidance": arguments.guidance}
+        own |= {"source": str(source), "batch": arguments.batch, "steps": config.steps, "rate": config.learning_rate}
+        done = json.loads((folder / "figures.json").read_text()) if (folder / "figures.json").exists() else None
+        if done is not None and done["settings"] != own:
+            raise SystemExit(f"{folder} holds figures of other settings, {done['settings']}; give another --out")
+        if done is None:
+            train(config, build, cache.batches(arguments.batch, 0), learning=dataclasses.asdict(learning), source=source)
             trainer = build().eval()
             trainer.load_state_dict(load_file(folder / "ema.safetensors"))
             figures = measure(trainer, arguments.count, arguments.sampling_steps, arguments.guidance, folder)
-            atomic_write(folder / "figures.json", json.dumps(figures, indent=2))
-        results[name] = json.loads((folder / "figures.json").read_text())
+            done = {"settings": own, "figures": figures}
+            atomic_write(folder / "figures.json", json.dumps(done, indent=2))
+        results[name] = done["figures"]
         report = {"environment": environment(None), "settings": vars(arguments), "results": results}
         atomic_write(arguments.out / "ablation.json", json.dumps(report, indent=2, default=str))
         print(table(results, arguments.count), flush=True)

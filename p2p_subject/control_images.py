@@ -44,7 +44,7 @@ def control_image(picture: Any, kind: str, **options: Any) -> Image.Image:
 def canny(picture: Image.Image, low: float = 100, high: float = 200, sigma: float = 0.0) -> Image.Image:
     """Edges of a picture by Canny's method, one pixel wide, white on black.
 
-    An edge of any colour channel counts. Edges are where the Sobel gradient, in levels of 255 as OpenCV counts them, reaches
+    An edge of any colour channel counts. Edges are where the norm of the Sobel gradient, in levels of 255, reaches
     `high`, and where it reaches `low` next to those; `sigma` pixels of Gaussian blur come before, none by default, as in the
     pictures that published ControlNets were trained on.
     """

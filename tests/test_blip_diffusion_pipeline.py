@@ -15,7 +15,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.blip_diffusion import PAPER, RELEASED, BlipDiffusionPipeline
 from p2p_subject.errors import (
     PromptTooLongError,
 )
@@ -74,6 +74,14 @@ def test_given_latents_are_the_drawn_ones(pipeline):
     noise = torch.randn(1, 4, 8, 8, generator=seeded(5))
     drawn = generate(pipeline, generator=seeded(5))
     assert torch.equal(generate(pipeline, latents=noise, generator=None), drawn)
+
+
+def test_published_settings_are_those_of_their_names(pipeline):
+    short = {"num_inference_steps": 2}
+    paper, released = (generate(pipeline, "x", **(settings | short)) for settings in (PAPER, RELEASED))
+    assert torch.equal(paper, generate(pipeline, "x", **short, guidance_scale=7.5, prompt_reps=1))
+    assert torch.equal(released, generate(pipeline, "x", **short, guidance_scale=7.5, prompt_reps=20))
+    assert (PAPER["num_inference_steps"], RELEASED["num_inference_steps"]) == (100, 25)
 
 
 def test_repetition_strengthens_up_to_the_window(pipeline):

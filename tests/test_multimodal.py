@@ -243,6 +243,14 @@ def test_a_qformer_begins_with_the_weights_of_bert(tmp_path) -> None:
     layer = network.encoder.layer[1]
     assert torch.equal(layer.intermediate_query.dense.weight, layer.intermediate.dense.weight)
     assert torch.equal(cross, network.encoder.layer[0].crossattention.attention.key.weight)
+    saved = load_file(tmp_path / "model.safetensors")
+    old = {f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+           for name, value in saved.items()}  # fmt: skip
+    (tmp_path / "old").mkdir()
+    save_file(old, tmp_path / "old" / "model.safetensors")
+    again = qformer(seed=1)
+    start_from_bert(again, tmp_path / "old")
+    assert torch.equal(again.embeddings.LayerNorm.weight, network.embeddings.LayerNorm.weight)
     smaller = BertModel(BertConfig(**{**sizes, "hidden_size": 64}, vocab_size=50, max_position_embeddings=16))
     smaller.save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="has shape"):

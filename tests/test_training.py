@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertTokenizer, CLIPTokenizer
 
+from p2p_subject.errors import ArgumentError
 from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
 from p2p_subject.training.backgrounds import PAINTERS, PHRASES, paint
 from p2p_subject.training.denoising import Denoising
 from p2p_subject.training.loop import RunConfig, learning_rate, run
 from p2p_subject.training.miniature import LEARNING, SETTINGS, networks
-from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, start
-from p2p_subject.training.scenes import Cache, make_cache
+from p2p_subject.training.multimodal import MultimodalTrainer
+from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, start, train
+from p2p_subject.training.scenes import Cache, caption_batches, make_cache
 from p2p_subject.training.tokenizers import WORDS, save_clip_tokenizer, save_word_piece_tokenizer
 from p2p_subject.training.vae import VAETrainer, fold_statistics, scene_batch
 
@@ -119,7 +121,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path) -> None:
     run(config("killed"), Line, line_batches)
     whole, resumed = (load_file(tmp_path / name / "ema.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path) -> None:
@@ -211,9 +213,10 @@ def test_the_papers_recipe_and_its_ablations_train_what_they_say(cache, changes:
 
 def test_shares_leave_out_subject_and_caption_in_expectation() -> None:
     torch.manual_seed(0)
-    drawn = np.array([Shares(0.15, 0.1).split(3) for _ in range(4000)])
-    assert (drawn.sum(1) == 3).all() and (drawn >= 0).all()
-    assert np.allclose(drawn.mean(0) / 3, (0.75, 0.15, 0.1), atol=0.02)
+    for count in (1, 2, 3, 16):
+        drawn = np.array([Shares(0.15, 0.1).split(count) for _ in range(4000)])
+        assert (drawn.sum(1) == count).all() and (drawn >= 0).all()
+        assert np.allclose(drawn.mean(0) / count, (0.75, 0.15, 0.1), atol=0.025)
     assert Shares(0.25, 0.25).split(8) == [4, 2, 2] and Shares(0.0, 0.0).split(5) == [5, 0, 0]
 
 
@@ -321,6 +324,73 @@ def test_batches_that_are_accumulated_make_the_step_of_one_large_batch(tmp_path)
     run(config("two", processes=2), Exact, split)
     weights = [load_file(tmp_path / name / "ema.safetensors")["layer.weight"] for name in ("large", "accumulated", "two")]
     assert torch.allclose(weights[0], weights[1], atol=1e-6) and torch.allclose(weights[0], weights[2], atol=1e-6)
+
+
+def test_where_a_row_stands_says_nothing_of_its_timestep() -> None:
+    """The last rows of a batch have no caption: they must meet every noise level as the others do."""
+    torch.manual_seed(0)
+    denoising = Denoising(SETTINGS["scheduler"], central=0.5)
+    times = torch.stack([denoising.timesteps(16) for _ in range(2000)])
+    late = (times >= 950).float().mean(0)
+    assert late.min() > 0.6 * late.mean() and late.max() < 1.5 * late.mean()
+    assert (times[:, 0] < 50).float().mean() > 0.01
+
+
+SHORT = {"learning_rate": 1e-3, "warmup": 1, "precision": "no", "processes": 2, "checkpoint_every": 1}
+
+
+class TestRunsOfTheRealTrainers:
+    """Two processes, with and without accumulation: some weights have no gradient, and others never take part."""
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_stage_two(self, cache, tmp_path, accumulate: int) -> None:
+        config = RunConfig(tmp_path, 2, accumulate=accumulate, **SHORT)
+        run(config, lambda: miniature_trainer(SubjectLearning()), cache.batches(4, 0))
+        assert all(value.isfinite().all() for value in load_file(tmp_path / "ema.safetensors").values())
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_stage_one_goes_on_where_it_was(self, tmp_path, accumulate: int) -> None:
+        save_word_piece_tokenizer(tmp_path / "pieces")
+        pieces = BertTokenizer.from_pretrained(tmp_path / "pieces")
+
+        def build() -> MultimodalTrainer:
+            torch.manual_seed(0)
+            return MultimodalTrainer(networks()["qformer"], pieces.convert_tokens_to_ids("[DEC]"))
+
+        for steps, name in ((2, "whole"), (1, "parts"), (2, "parts")):
+            config = RunConfig(tmp_path / name, steps, accumulate=accumulate, decay_from=1.0, **SHORT)
+            run(config, build, caption_batches(pieces, 4, 0))
+        whole, parts = (load_file(tmp_path / name / "ema.safetensors") for name in ("whole", "parts"))
+        assert all(torch.allclose(whole[key].float(), parts[key].float(), atol=1e-6) for key in whole)
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(cache, tmp_path) -> None:
+    config = RunConfig(tmp_path, 1, warmup=1, precision="no", checkpoint_every=1)
+    first, frozen = SubjectLearning(), SubjectLearning(train_text_encoder=False)
+    train(config, lambda: miniature_trainer(first), cache.batches(2, 0), learning=asdict(first))
+    longer = replace(config, steps=2)
+    with pytest.raises(ArgumentError, match="holds a run of other settings .learning"):
+        train(longer, lambda: miniature_trainer(frozen), cache.batches(2, 0), learning=asdict(frozen))
+    with pytest.raises(ArgumentError, match="is of a run that trained text_encoder"):
+        run(longer, lambda: miniature_trainer(frozen), cache.batches(2, 0))
+    train(longer, lambda: miniature_trainer(first), cache.batches(2, 0), learning=asdict(first))
+    assert int(load_file(tmp_path / "checkpoint.safetensors")["step"]) == 2
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_taken(tmp_path) -> None:
+    class Steep(Line):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            # The root of nought is nought, and its slope is none.
+            return {"loss": ((self.layer(x) * 0).sum()).abs().sqrt()}
+
+    with pytest.raises(FloatingPointError, match="gradient is no number at step 0"):
+        run(RunConfig(tmp_path, 2, precision="no"), Steep, line_batches)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(cache) -> None:
+    with pytest.raises(ArgumentError, match="a batch of 5 cannot be shared by 2 processes"):
+        cache.batches(5, 0)(0, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -116,5 +116,16 @@ def test_arguments_that_do_not_fit_are_said_in_a_line(monkeypatch, tmp_path, cap
     assert stopped.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("told", "environment", "expected"),
+    [([], {}, 2), (["--device", "cuda"], {}, 1), ([], {"WORLD_SIZE": "4"}, 1), (["--processes", "3"], {}, 3)],
+)
+def test_processes_are_started_where_nobody_else_does(monkeypatch, told, environment, expected: int) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    arguments = command.parser().parse_args(["multimodal", "--out", "x", *told])
+    assert stages._config(arguments).processes == expected
+
+
 def test_stage_one_is_measured_on_splits_that_it_is_not_trained_on() -> None:
     assert set(multimodal.world_pairs(None)) == {"validation", "new_art"}

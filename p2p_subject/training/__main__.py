@@ -1,4 +1,4 @@
-"""`python -m p2p_subject.training STAGE ...`: train the miniature from nothing, or BLIP-Diffusion of any size from its parts.
+"""`python -m p2p_subject.training STAGE ...`: train the miniature from nothing, or a model of any size in its layout.
 
 Of the miniature alone: `vae`, `scenes` (draw and encode the training set), `structure` (its ControlNet). The two stages of
 pre-training: `multimodal` (a Q-Former on a frozen image encoder) and `representation` (subject representation learning).
@@ -33,10 +33,12 @@ def _run_arguments(
     share = f"share of the steps at full rate; 1: constant ({otherwise})"
     parser.add_argument("--decay-from", type=float, default=decay_from, metavar="F", help=share)
     parser.add_argument("--ema", type=float, default=0.999, metavar="F", help="decay of the averaged weights (default 0.999)")
-    parser.add_argument("--processes", default=2, help="processes of one thread each, on a CPU (default 2)", **number)
+    about = "processes of one thread each, on a CPU (default 2; 1 on a GPU and where another program starts them)"
+    parser.add_argument("--processes", help=about, **number)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16", help="arithmetic (default %(default)s)")
     parser.add_argument("--evaluate-every", default=1000, help="default 1000", **number)
+    parser.add_argument("--checkpoint-every", default=500, help="default 500", **number)
     parser.add_argument("--seed", default=0, **number)
 
 
@@ -102,7 +104,8 @@ def _picture_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--cutouts", type=Path, help="with --data: folder written by the stage `cutouts`")
     own.add_argument("--backgrounds", type=Path, help="folder of pictures without subjects (default: painted ones)")
     own.add_argument("--subject", default="", metavar="WORD", help="category of pictures that do not name theirs")
-    own.add_argument("--template", choices=("released", "paper"), default="released", help="of captions (default %(default)s)")
+    told = "of captions (default released, as the pipelines insert a subject; paper is for comparing trainings)"
+    own.add_argument("--template", choices=("released", "paper"), default="released", help=told)
     own.add_argument("--resolution", type=int, metavar="PIXELS", help="side of the pictures (default: the model's own)")
 
 

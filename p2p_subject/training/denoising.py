@@ -9,6 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from p2p_subject.errors import ArgumentError
+
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -26,7 +28,7 @@ class Denoising(nn.Module):
         own = DDPMScheduler.from_config(dict(scheduler))
         self.prediction = own.config.prediction_type
         if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction_type={self.prediction!r}; expected one of {PREDICTIONS}")
+            raise ArgumentError(f"prediction_type={self.prediction!r}; expected one of {PREDICTIONS}")
         self.max_snr, self.central = max_snr, central
         self.register_buffer("alphas", own.alphas_cumprod.float(), persistent=False)
 
@@ -34,7 +36,8 @@ class Denoising(nn.Module):
         """Draw (count,) int64 timesteps."""
         device, levels = self.alphas.device, len(self.alphas)
         uniform, normal = torch.rand(count, device=device), torch.randn(count, device=device).sigmoid()
-        middle = torch.arange(count, device=device) >= round((1 - self.central) * count)
+        # In random places: where a row stands says whether it has subject and caption.
+        middle = torch.randperm(count, device=device) >= round((1 - self.central) * count)
         return (torch.where(middle, normal, uniform) * levels).long().clamp(0, levels - 1)
 
     def forward(self, predict: Callable[[Tensor, Tensor], Tensor], latents: Tensor, emphasis: Tensor | None = None) -> Tensor:

@@ -15,17 +15,19 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from p2p_subject.errors import ArgumentError
 from p2p_subject.outputs import atomic_path
 
 Batch = dict[str, Tensor]
@@ -64,16 +66,23 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "processes", "accumulate"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+                raise ArgumentError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision={self.precision!r}; expected 'no', 'bf16' or 'fp16'")
+            raise ArgumentError(f"precision={self.precision!r}; expected 'no', 'bf16' or 'fp16'")
         if self.processes > 1 and self.device != "cpu":
-            raise ValueError(
+            raise ArgumentError(
                 f"{self.processes} processes on {self.device}; on GPUs start the same command by "
                 f"`accelerate launch --num_processes {self.processes} -m p2p_subject.training ...`"
             )
         if not 0 <= self.decay_from <= 1:
-            raise ValueError(f"decay_from must lie in [0, 1], got {self.decay_from}")
+            raise ArgumentError(f"decay_from must lie in [0, 1], got {self.decay_from}")
+
+
+def share(size: int, processes: int) -> int:
+    """Rows of one process of a batch of `size`; `ArgumentError` where they cannot be shared out."""
+    if size < 1 or size % processes:
+        raise ArgumentError(f"a batch of {size} cannot be shared by {processes} processes; take a multiple of {processes}")
+    return size // processes
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -132,10 +141,14 @@ def _accelerator(config: RunConfig) -> Accelerator:
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
         cpu=config.device == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, **unused)],
+        # The others wait while the first process evaluates and writes.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, **unused),
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(f"{accelerator.distributed_type.value} shards weights, which these checkpoints do not; use DDP")
+        raise ArgumentError(f"{accelerator.distributed_type.value} shards weights, which these checkpoints do not; use DDP")
     return accelerator
 
 
@@ -146,15 +159,17 @@ def _worker(config: RunConfig, build: Callable[[], nn.Module], batches: Batches,
     module = build().to(accelerator.device)
     if accelerator.device.type == "cpu":
         module = module.to(memory_format=torch.channels_last)
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
     average = {name: value.detach().clone().float() for name, value in module.state_dict().items()}
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
-    first = _resume(config.out, module, optimizer, average)
+    first = _resume(config.out, module, optimizer, average, list(named), accelerator)
     trained, stepper = accelerator.prepare(module, optimizer)
     bar = tqdm(total=config.steps, initial=first, desc=config.out.name, disable=None if rank == 0 else True)
     sums: dict[str, float] = {}
+    counted = 0
     began = time.monotonic()
     for step in range(first, config.steps):
         for group in optimizer.param_groups:
@@ -169,26 +184,29 @@ def _worker(config: RunConfig, build: Callable[[], nn.Module], batches: Batches,
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step}; resume with a lower learning rate")
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, config.clip)
+                    norm = accelerator.clip_grad_norm_(parameters, config.clip)
+                    # In half precision the scaler leaves out such steps.
+                    if accelerator.scaler is None and not torch.isfinite(norm):
+                        raise FloatingPointError(f"a gradient is no number at step {step}; resume with a lower learning rate")
                 stepper.step()
                 stepper.zero_grad()
             for key, value in losses.items():
                 sums[key] = sums.get(key, 0.0) + float(value.detach()) / config.accumulate
         _average(average, module, min(config.ema, (step + 1) / (step + 10)))
-        done = step + 1
+        done, counted = step + 1, counted + 1
         if rank == 0:
             bar.update()
             if done % config.log_every == 0:
-                row = {key: value / config.log_every for key, value in sums.items()}
+                row = {key: value / counted for key, value in sums.items()}
                 _log(config.out, {"step": done, "seconds": round(time.monotonic() - began, 1), **row})
                 bar.set_postfix({key: f"{value:.4f}" for key, value in list(row.items())[:3]})
             due = config.evaluate_every and done % config.evaluate_every == 0
             if due or done % config.checkpoint_every == 0 or done == config.steps:
-                _checkpoint(config.out, done, module, optimizer, average)
+                _checkpoint(config.out, done, module, optimizer, average, list(named), accelerator)
             if evaluate and (due or done == config.steps):
                 _log(config.out, {"step": done, **evaluate(done, config.out)})
         if done % config.log_every == 0:
-            sums = {}
+            sums, counted = {}, 0
     bar.close()
     accelerator.end_training()
 
@@ -204,13 +222,17 @@ def _log(out: Path, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _checkpoint(out: Path, step: int, module: nn.Module, optimizer, average: dict[str, Tensor]) -> None:
+def _checkpoint(
+    out: Path, step: int, module: nn.Module, optimizer, average: dict[str, Tensor], names: list[str], accelerator: Accelerator
+) -> None:
     """Weights, average and moments of one step in one file, so that a kill never leaves parts of two steps."""
     state: dict[str, Tensor] = {"step": torch.tensor(step)}
     state |= {f"model.{k}": v.contiguous() for k, v in module.state_dict().items()}
     state |= {f"average.{k}": v.contiguous() for k, v in average.items()}
     for index, moments in optimizer.state_dict()["state"].items():
-        state |= {f"optimizer.{index}.{k}": v.contiguous() for k, v in moments.items()}
+        state |= {f"optimizer.{k}.{names[index]}": v.contiguous() for k, v in moments.items()}
+    if accelerator.scaler is not None:
+        state["scale"] = torch.tensor(accelerator.scaler.get_scale())
     # The averaged weights first: a kill in between costs steps that are run again, never a stale average at the end.
     with atomic_path(out / "ema.safetensors") as path:
         save_file({k: v.contiguous() for k, v in average.items()}, path)
@@ -218,7 +240,9 @@ def _checkpoint(out: Path, step: int, module: nn.Module, optimizer, average: dic
         save_file(state, path)
 
 
-def _resume(out: Path, module: nn.Module, optimizer, average: dict[str, Tensor]) -> int:
+def _resume(
+    out: Path, module: nn.Module, optimizer, average: dict[str, Tensor], names: list[str], accelerator: Accelerator
+) -> int:
     path = out / "checkpoint.safetensors"
     if not path.exists():
         return 0
@@ -229,7 +253,11 @@ def _resume(out: Path, module: nn.Module, optimizer, average: dict[str, Tensor])
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in state.items():
         if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            moments.setdefault(int(index), {})[name] = value
+            _, name, weight = key.split(".", 2)
+            if weight not in names:
+                raise ArgumentError(f"{path} is of a run that trained {weight} too; go on with its settings, or elsewhere")
+            moments.setdefault(names.index(weight), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    if accelerator.scaler is not None and "scale" in state:
+        accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | {"scale": float(state["scale"])})
     return int(state["step"])

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
+from p2p_subject.errors import ModelError
 from p2p_subject.training.loop import Batch, Evaluate
 from p2p_subject.training.pictures import CaptionedPictures
 from p2p_subject.training.scenes import caption_pairs
@@ -218,18 +219,18 @@ def folder_pairs(dataset: CaptionedPictures, batch: int, count: int = 1024) -> P
     return {"validation": of}
 
 
-def evaluation(build: Callable[[], MultimodalTrainer], pairs: Pairs) -> Evaluate:
+def evaluation(build: Callable[[], MultimodalTrainer], pairs: Pairs, device: str = "cpu") -> Evaluate:
     """What is told of a run at its checkpoints: how often the tasks are done right on pairs that it is not trained on."""
 
     @torch.no_grad()
     def evaluate(step: int, folder: Path) -> dict[str, float]:
-        trainer = build().eval()
+        trainer = build().to(device).eval()
         trainer.load_state_dict(load_file(folder / "ema.safetensors"))
         figures = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for name, batches in pairs.items():
-                parts = [trainer(**batch) for batch in batches()]
+                parts = [trainer(**{key: value.to(device) for key, value in batch.items()}) for batch in batches()]
                 for task in ("recall", "matched", "told"):
                     figures[f"{name} {task}"] = float(torch.stack([part[task] for part in parts]).mean())
         return figures
@@ -242,9 +243,13 @@ def start_from_bert(qformer: Blip2QFormerModel, folder: Path) -> None:
     """Begin a Q-Former with the weights of a BERT, as BLIP-2 does; cross-attention and queries, which it lacks, stay.
 
     Text and queries begin with the same feed-forward parts. Word pieces beyond BERT's, such as "[DEC]", stay as they are.
-    Raises `ValueError` for a BERT of other sizes.
+    Raises `ModelError` for a BERT of other sizes.
     """
-    saved = {name.removeprefix("bert."): value for name, value in load_file(folder / "model.safetensors").items()}
+    saved = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        # The public files are as old as the names that these once had.
+        renamed = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        saved[renamed.removeprefix("bert.")] = value
     own = qformer.state_dict()
     for name, value in own.items():
         if name == "query_tokens" or "crossattention" in name or not name.startswith(("embeddings.", "encoder.")):
@@ -253,10 +258,10 @@ def start_from_bert(qformer: Blip2QFormerModel, folder: Path) -> None:
         if name == "embeddings.position_ids":
             continue
         if wanted not in saved:
-            raise ValueError(f"{folder} holds no {wanted}; expected a BERT with the Q-Former's number of layers")
+            raise ModelError(f"{folder} holds no {wanted}; expected a BERT with the Q-Former's number of layers")
         given = saved[wanted]
         part = value[: len(given)] if value.ndim == 2 and name.startswith("embeddings.") else value
         given = given[: len(part)]
         if given.shape != part.shape:
-            raise ValueError(f"{folder}: {wanted} has shape {tuple(given.shape)}; the Q-Former's is {tuple(part.shape)}")
+            raise ModelError(f"{folder}: {wanted} has shape {tuple(given.shape)}; the Q-Former's is {tuple(part.shape)}")
         part.copy_(given)

@@ -35,6 +35,8 @@ from p2p_subject.training.attention_loss import coverage_loss, explicit_attentio
 from p2p_subject.training.denoising import Denoising
 from p2p_subject.training.loop import Batches, Evaluate, RunConfig, run
 
+FREE = {"out", "steps", "processes", "device", "log_every", "checkpoint_every", "evaluate_every"}
+"""Settings that may change when a run goes on."""
 PARTS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "qformer": "model"}
 """What is trained, by its folder in a model, and the stem of the weights there."""
 
@@ -51,8 +53,11 @@ class Shares:
 
     def split(self, count: int) -> list[int]:
         """Rows with subject, caption only, and neither; fractions of a row are drawn from torch's generator."""
-        drawn = [int(share * count + torch.rand(())) for share in (self.caption_only, self.neither)]
-        return [count - sum(drawn), *drawn]
+        # One number for both edges, so that no row is counted twice however few there are.
+        part = float(torch.rand(()))
+        first = int(self.caption_only * count + part)
+        both = min(int((self.caption_only + self.neither) * count + part), count)
+        return [count - both, first, both - first]
 
 
 @dataclass(frozen=True)
@@ -223,7 +228,7 @@ def start(trainer: nn.Module, source: Path, parts: Mapping[str, str] = PARTS) ->
     """Fill the parts of a trainer from `source`: a model folder, or the `ema.safetensors` of a run of any stage.
 
     Of a run, the parts that it holds are taken (stage one trains the Q-Former alone), and the auxiliary heads where both have
-    them. Raises `ValueError` where there is nothing to take.
+    them. Raises `ArgumentError` where there is nothing to take.
     """
     if source.is_dir():
         for name, stem in parts.items():
@@ -232,7 +237,7 @@ def start(trainer: nn.Module, source: Path, parts: Mapping[str, str] = PARTS) ->
     saved, own = load_file(source), trainer.state_dict()
     held = {name for name in (*parts, "heads") if hasattr(trainer, name) and any(key.startswith(f"{name}.") for key in saved)}
     if not held:
-        raise ValueError(f"{source} holds none of {', '.join(parts)}; expected the ema.safetensors of a run of these stages")
+        raise ArgumentError(f"{source} holds none of {', '.join(parts)}; expected the ema.safetensors of a run of these stages")
     kept = {key: value for key, value in saved.items() if key.split(".")[0] in held}
     trainer.load_state_dict({**own, **kept})
 
@@ -244,7 +249,19 @@ def train(
     evaluate: Evaluate | None = None,
     **record: Any,
 ) -> Path:
-    """Run a stage; `record` is written into `settings.json` of the run beside the configuration."""
+    """Run a stage; `record` is written into `settings.json` of the run beside the configuration.
+
+    Raises `ArgumentError` where the folder holds a run of other settings.
+    """
     config.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(config.out / "settings.json", json.dumps(asdict(config) | record, indent=2, default=str))
+    settings = json.loads(json.dumps(asdict(config) | record, default=str))
+    path = config.out / "settings.json"
+    if path.exists() and (config.out / "checkpoint.safetensors").exists():
+        before = json.loads(path.read_text())
+        names = sorted((before.keys() | settings.keys()) - FREE)
+        changed = [name for name in names if before.get(name) != settings.get(name)]
+        if changed:
+            told = "; ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
+            raise ArgumentError(f"{config.out} holds a run of other settings ({told}); go on with those, or give another --out")
+    atomic_write(path, json.dumps(settings, indent=2))
     return run(config, build, batches, evaluate)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from p2p_subject.training import world
-from p2p_subject.training.loop import Batch, Batches
+from p2p_subject.training.loop import Batch, Batches, share
 from p2p_subject.training.miniature import MEAN, STD
 from p2p_subject.training.tokenizers import QUERIES, WINDOW, save_clip_tokenizer, save_word_piece_tokenizer
 
@@ -53,7 +53,7 @@ class Cache:
 
         def batch(step: int, rank: int, processes: int) -> dict[str, Tensor]:
             rng = np.random.default_rng((seed, step, rank))
-            indices = np.sort(rng.integers(0, self.count, size // processes))
+            indices = np.sort(rng.integers(0, self.count, share(size, processes)))
             return self.batch(rng.permutation(indices), rng.random(len(indices)) < 0.5)
 
         return batch
@@ -77,7 +77,7 @@ def caption_batches(pieces: BertTokenizer, size: int, seed: int) -> Batches:
 
     def batch(step: int, rank: int, processes: int) -> Batch:
         rng = np.random.default_rng((seed, step, rank))
-        count = size // processes
+        count = share(size, processes)
         return caption_pairs(pieces, "train", rng.integers(0, 2**31, count), rng.random(count) < 0.5)
 
     return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def run(arguments: Namespace) -> None:
 
 
 def _config(arguments: Namespace) -> RunConfig:
+    if arguments.processes is None:
+        alone = arguments.device == "cpu" and "WORLD_SIZE" not in os.environ
+        arguments.processes = 2 if alone else 1
     return RunConfig(**{name: value for name, value in vars(arguments).items() if name in RunConfig.__dataclass_fields__})
 
 
@@ -71,7 +75,7 @@ def _multimodal(arguments: Namespace) -> None:
         }
         batches = pictures.batches(told["data"], arguments.batch, config.seed, threads=arguments.threads)
         pairs = multimodal.folder_pairs(told["validation"], arguments.batch) if "validation" in told else {}
-    evaluate = multimodal.evaluation(build, pairs) if pairs else None
+    evaluate = multimodal.evaluation(build, pairs, config.device) if pairs else None
     train(config, build, batches, evaluate, model=folder, data=arguments.data, bert=arguments.bert)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from p2p_subject.blip_diffusion.pipeline import BlipDiffusionPipeline
 from p2p_subject.control_images import control_image
 from p2p_subject.training import world
-from p2p_subject.training.loop import Batch, Batches
+from p2p_subject.training.loop import Batch, Batches, share
 from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt
 from p2p_subject.training.scenes import Cache
 
@@ -100,7 +100,7 @@ def batches(cache: Cache, size: int, seed: int) -> Batches:
 
     def batch(step: int, rank: int, processes: int) -> Batch:
         rng = np.random.default_rng((seed, step, rank))
-        indices = rng.integers(0, cache.count, size // processes)
+        indices = rng.integers(0, cache.count, share(size, processes))
         rows = cache.batch(indices, rng.random(len(indices)) < 0.5)
         edges = np.stack([drawn_edges(int(index), rng) for index in indices])
         taken = ("references", "ids", "category_ids", "category_mask", "latents", "mask")
