@@ -331,13 +331,13 @@ class Editor:
         `swap_subject` take, `tuned.save(folder)` keeps both without the pictures.
 
         `pictures`: a folder, or a list of anything that an image can be given as, of any shapes. `masks`: where the subject is,
-        one for each picture or a folder with files of the same names; what lies outside is not learned. Without, a picture's
-        transparency is its mask. `validation`: other pictures of the subject, or the share of `pictures` that is held out; the
-        weights that do best on them are kept, and the run ends when they stop to gain. `prior`: pictures of the category, or
-        the folder to generate them into once, for `prior_weight=`; None generates them for this run. `out`: a folder for the
-        result, with checkpoints and grids of pictures on the way; a run that was killed goes on when it is asked for again.
-        `callback(step, loss)` is called after every step and may raise to cancel. `options`: the fields of
-        `p2p_subject.finetuning.Settings`, such as `method="full"`, `rank=16` or `learning_rate=1e-4`.
+        one for each picture or a folder with files of the same names; what lies outside does not count in the loss (the encoder
+        sees all of a picture). Without, a picture's transparency is its mask. `validation`: other pictures of the subject, or
+        the share of `pictures` that is held out; the weights that do best on them are kept, and the run ends when they stop to
+        gain. `prior`: pictures of the category, or the folder to generate them into once, for `prior_weight=`; None generates
+        them for this run. `out`: a folder for the result, with checkpoints and grids of pictures on the way; a run that was
+        killed goes on when it is asked for again. `callback(step, loss)` is called after every step and may raise to cancel.
+        `options`: the fields of `p2p_subject.finetuning.Settings`, such as `method="full"`, `rank=16` or `learning_rate=1e-4`.
 
         Memory beside the model: with "lora" (the default; needs peft) the additions alone, which share the U-Net's weights;
         with "full" four times the U-Net in float32 while it trains (weights, gradients, two moments; 14 GB for Stable

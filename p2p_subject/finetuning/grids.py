@@ -21,8 +21,7 @@ def progress_grid(model: Model, pictures: Sequence[Picture], prompts: Sequence[s
     embedding = model.embed(model.subject)
     rows = [[("given", picture.image) for picture in pictures[: len(prompts)]]]
     for number in range(seed, seed + SEEDS):
-        drawn = [
-            sample_batch(model, [prompt], [embedding], [number], GRID_STEPS, model.guidance_scale)[0] for prompt in prompts
-        ]
+        count = len(prompts)
+        drawn = sample_batch(model, prompts, [embedding] * count, [number] * count, GRID_STEPS, model.guidance_scale)
         rows.append([(f"{prompt}, seed {number}", image) for prompt, image in zip(prompts, drawn)])
     return contact_sheet(rows, title=title)

@@ -41,12 +41,12 @@ class Progress:
     history: list[Row] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_step: int = 0
-    best_loss: float = float("inf")
+    best_loss: float | None = None
     misses: int = 0
 
     def measured(self, loss: float, weights: dict[str, nn.Parameter]) -> None:
         """Note a loss on held-out pictures, and the weights if it is the lowest so far."""
-        if loss < self.best_loss:
+        if self.best_loss is None or loss < self.best_loss:
             self.best = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
             self.best_step, self.best_loss, self.misses = self.step, loss, 0
         else:
@@ -82,6 +82,7 @@ def finetune(
     if folder is not None:
         folder.begin(made.identity)
         if folder.finished:
+            folder.tidy()
             return load_finetuned(folder.path, base=model)
     run = _Run(model, made, folder)
     run.train(callback)
@@ -188,8 +189,8 @@ class _Run:
             network.convert([*self.unet.parameters(), *self.unet.buffers()], self.model.unet.dtype)
         self.unet.requires_grad_(False)
         step = self.progress.best_step if self.progress.best else self.progress.step
-        category = self.plan.subject.category
-        tuned = with_unet(self.model, self.unet, self._subject(), f"{self.model.name}, fine-tuned on a {category}")
+        name = f"{self.model.name} + {self.plan.subject.category}"
+        tuned = with_unet(self.model, self.unet, self._subject(), name)
         return Finetuned(tuned, self.settings, self.plan.base, step, tuple(self.progress.history))
 
 
