@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks.cost import environment
 from benchmarks.judge import HUE_TOLERANCE, Judge, right_category
-from benchmarks.metrics import interval
+from benchmarks.statistics import interval
 from p2p_subject import Editor, Subject
 from p2p_subject.control_images import control_image
 from p2p_subject.outputs import atomic_write, save_image
