@@ -159,6 +159,10 @@ def _finetuning_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--prompts", nargs="+", metavar="TEXT", help="what the pictures show (default 'a {category}')")
     own.add_argument("--prior-weight", type=float, metavar="F", help="learn pictures of the category too, to keep its word")
     own.add_argument("--prior", metavar="FOLDER", help="these pictures, or where generated ones are kept for further runs")
+    own.add_argument("--prior-count", type=int, metavar="N", help="how many are generated (default 24)")
+    own.add_argument("--validate-every", type=int, metavar="N", help="steps between measurements (default 10)")
+    own.add_argument("--patience", type=int, metavar="N", help="end after so many without gain; 0: never (default 3)")
+    own.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, a third more time")
     own.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints (default 40)")
     own.add_argument("--seed", type=_seed, metavar="N", help="of all that is random (default 0)")
 

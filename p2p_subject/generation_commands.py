@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FINETUNING = (
     "steps", "method", "learning_rate", "batch", "rank", "alpha", "train_embedding", "prompts", "prior_weight", "prior",
-    "checkpoint_every", "seed", "masks",
+    "prior_count", "validate_every", "patience", "gradient_checkpointing", "checkpoint_every", "seed", "masks",
 )  # fmt: skip
 """Arguments of `finetune` that `Editor.finetune` takes by the same name."""
 

@@ -270,14 +270,22 @@ class TestPrior:
     def test_generated_pictures_are_the_models_own_and_kept_for_further_runs(self, editor, tmp_path, monkeypatch) -> None:
         options = {"steps": 2, "prior_weight": 1.0, "prior_count": 3}
         first = editor.finetune(PICTURES, "dog", prior=tmp_path / "dogs", **options)
-        names = sorted(path.name for path in (tmp_path / "dogs").iterdir())
-        assert names == ["prior-0000.png", "prior-0001.png", "prior-0002.png"]
+        files = sorted((tmp_path / "dogs").iterdir())
+        assert [path.name[-9:] for path in files] == ["-0000.png", "-0001.png", "-0002.png"]
         own = editor.generate("a dog", seed=1, steps=2, guidance_scale=editor.model.guidance_scale).image
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "dogs" / "prior-0001.png")), np.asarray(own))
+        assert np.array_equal(np.asarray(Image.open(files[1])), np.asarray(own))
         fresh = editor.finetune(PICTURES, "dog", **options)
         monkeypatch.setattr("p2p_subject.finetuning.prior.sample_batch", lambda *_: pytest.fail("generated again"))
         again = editor.finetune(PICTURES, "dog", prior=tmp_path / "dogs", **options)
         assert same(weights_of(first), weights_of(again)) and same(weights_of(first), weights_of(fresh))
+
+    def test_a_folder_of_generated_pictures_mixes_no_categories(self, editor, tmp_path) -> None:
+        options = {"steps": 1, "prior_weight": 1.0, "prior_count": 1}
+        for category in ("dog", "cat"):
+            editor.finetune(PICTURES, category, prior=tmp_path / "both", **options)
+        alone = editor.finetune(PICTURES, "cat", **options)
+        again = editor.finetune(PICTURES, "cat", prior=tmp_path / "both", **options)
+        assert len(list((tmp_path / "both").iterdir())) == 2 and same(weights_of(alone), weights_of(again))
 
     def test_given_pictures_are_used_as_they_are(self, editor, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr("p2p_subject.finetuning.prior.sample_batch", lambda *_: pytest.fail("generated"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from p2p_subject.drawing import sample_batch
 from p2p_subject.errors import OutputError
 from p2p_subject.finetuning.grids import GRID_STEPS
 from p2p_subject.finetuning.pictures import Picture, digest, files_of, read_pictures
+from p2p_subject.fingerprint import fingerprint
 from p2p_subject.images import load_image
 from p2p_subject.models import Model
 from p2p_subject.outputs import save_image
@@ -58,7 +60,10 @@ class Prior:
         return [Picture(self._drawn(model, prompt, seed, folder)) for seed in seeds]
 
     def _drawn(self, model: Model, prompt: str, seed: int, folder: Path | None) -> Image.Image:
-        path = None if folder is None else folder / f"{_STEM}{seed:04d}.png"
+        # Named after what drew them: a folder may serve several categories and models.
+        drawn_by = f"{fingerprint(model.pipeline, controlnet=False)} {prompt} {GRID_STEPS} {model.guidance_scale}"
+        tag = hashlib.sha256(drawn_by.encode()).hexdigest()[:8]
+        path = None if folder is None else folder / f"{_STEM}{tag}-{seed:04d}.png"
         if path is not None and path.is_file():
             return load_image(path, what="prior")
         (image,) = sample_batch(model, [prompt], [None], [seed], GRID_STEPS, model.guidance_scale)
