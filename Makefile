@@ -10,10 +10,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-oldest: .venv-oldest/ready
-	$(OLDEST)/python -m pytest --numprocesses auto --dist loadfile
+	$(OLDEST)/python -m pytest --numprocesses auto --dist worksteal
 
 .venv/ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv
