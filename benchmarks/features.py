@@ -174,6 +174,10 @@ class Networks:
         self.names = {"clip": clip, "dino": dino, "lpips": lpips}
         self.device = device
 
+    def load(self) -> None:
+        """Load all of them; `ModelError` for one that is not there."""
+        _ = self.clip, self.dino, self.lpips
+
     def _made(self, kind: type, name: str | None) -> Any:
         return None if name in (None, "none") else kind(name, self.device)
 

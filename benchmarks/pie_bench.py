@@ -157,6 +157,9 @@ class PieBench(Suite):
             mask=decoded(entry["mask"], (picture.height, picture.width)),
         )
 
+    def prepare(self) -> None:
+        self.networks.load()
+
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         source, picture, background = np.asarray(case.source), np.asarray(edited.image), ~case.mask
         values: Values = {}

@@ -104,6 +104,8 @@ def measure(
             folder.forget_failures()
         missing = [task for task in tasks if (task[0], task[2]) not in folder.rows]
         if missing:
+            # Here as well as in every process, where an error would have no name.
+            open_suite(settings.suite, settings.options).prepare()
             for row in tqdm(rows_of(settings, missing, devices, processes), desc="cases", total=len(missing), disable=None):
                 folder.add(row)
         return [folder.rows[name, id] for name, _, id in tasks]

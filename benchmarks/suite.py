@@ -186,6 +186,10 @@ class Suite(ABC):
         """Make or read a case. Raises `SuiteError` for an id there is not."""
 
     @abstractmethod
+    def prepare(self) -> None:
+        """Load the networks that measuring needs, so that one that is not there is refused before anything is edited."""
+
+    @abstractmethod
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         """Values by the names of `measures`; None, or no entry, where the case has none."""
 

@@ -86,7 +86,8 @@ class Worker:
         self.folder = RunFolder(settings.out)
 
     def warm_up(self) -> None:
-        """Load code and choose kernels before the first case is timed."""
+        """Load networks and code and choose kernels before the first case is timed."""
+        self.suite.prepare()
         first = next(ids[0] for ids in self.suite.ids().values())
         self.editor.generate(self.suite.case(first).target_prompt, seed=0, steps=2)
 

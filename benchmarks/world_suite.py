@@ -98,6 +98,9 @@ class WorldSuite(Suite):
         rng = np.random.default_rng((world.SPLITS.index(self.options.split), index, STREAM))
         return changed_copy(_KINDS[kind](scene, rng, index, self.options.split), id=id, seed=index)
 
+    def prepare(self) -> None:
+        _ = self.judge
+
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         picture = np.asarray(edited.image)
         values = judged(case, picture, self.judge.verdicts([edited.image])[0]) | exact_outside_mask(case, edited)

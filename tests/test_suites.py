@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from benchmarks import dreambench, dreamedit, features, metrics, pie_bench, world_suite
+from benchmarks import dreambench, dreamedit, features, metrics, pie_bench, run, world_suite
 from benchmarks.pie_bench import PieBench, decoded
+from benchmarks.run_folder import read_rows
 from benchmarks.suite import Case, Edited, Options, SuiteError, occurrences
 from benchmarks.suites import SUITES, open_suite, suite_class
 from benchmarks.world_suite import WorldSuite
 from p2p_subject.errors import ModelError
 from p2p_subject.training import world
 from p2p_subject.training.tokenizers import save_clip_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A run sets the number of threads of its process; give it back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -223,6 +233,19 @@ def test_networks_that_are_not_there_are_named(networks: dict[str, str], tmp_pat
     made = features.Networks("none", networks["dino"], None, "cpu")
     assert made.clip is None and made.lpips is None and made.dino is made.dino
     assert features.versions()["torch"] == torch.__version__
+
+
+def test_networks_that_are_not_there_are_refused_before_anything_is_edited(
+    pie: Path, miniature_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip("torchmetrics")
+    options = ["--suite", "pie", "--data", str(pie), "--clip", "none", "--dino", str(tmp_path), "--lpips", "none"]
+    model = ["--model", str(miniature_folder), "--methods", "ours", "--steps", "2"]
+    assert run.main([*options, *model, "--out", str(tmp_path / "out")]) == 1
+    assert "ViTModel" in capsys.readouterr().err and (tmp_path / "out" / "rows.jsonl").read_bytes() == b""
+    assert run.main([*options, *model, "--out", str(tmp_path / "other"), "--dino", "none", "--cases", "change-object"]) == 0
+    (row,) = read_rows(tmp_path / "other")
+    assert "error" not in row and row["metrics"]["published_psnr"] > 0 and row["metrics"]["clip_whole"] is None
 
 
 def test_lpips_is_the_packages_or_says_what_to_install() -> None:
