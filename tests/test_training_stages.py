@@ -105,6 +105,7 @@ def test_the_miniatures_stages_and_its_controlnet_from_scenes(miniature_folder, 
         (["representation", "--out", "x", "--data", "a", "--scenes", "b"], "give --scenes"),
         (["representation", "--out", "x", "--data", "a"], "--data was given without --cutouts"),
         (["representation", "--out", "x", "--scenes", "a"], "--scenes was given without --vae"),
+        (["multimodal", "--out", "x", "--batch", "5", "--processes", "2"], "a batch of 5 cannot be shared by 2 processes"),
         (["cutouts", "no/such/folder", "--out", "x"], "no/such/folder"),
     ],
 )

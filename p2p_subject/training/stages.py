@@ -19,7 +19,7 @@ from p2p_subject.outputs import save_image
 from p2p_subject.training import cutout_stage, export, grids, miniature, multimodal, pictures, representation, scenes, structure
 from p2p_subject.training import vae as autoencoder
 from p2p_subject.training.inputs import ModelInputs
-from p2p_subject.training.loop import Evaluate, RunConfig
+from p2p_subject.training.loop import Evaluate, RunConfig, share
 from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt, start, train
 
 SHOWN = 6
@@ -40,6 +40,8 @@ def _config(arguments: Namespace) -> RunConfig:
     if arguments.processes is None:
         alone = arguments.device == "cpu" and "WORLD_SIZE" not in os.environ
         arguments.processes = 2 if alone else 1
+    # Before any process is started, whose errors would come as tracebacks.
+    share(arguments.batch, arguments.processes)
     return RunConfig(**{name: value for name, value in vars(arguments).items() if name in RunConfig.__dataclass_fields__})
 
 
