@@ -119,7 +119,7 @@ def test_arguments_that_do_not_fit_are_said_in_a_line(monkeypatch, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("told", "environment", "expected"),
-    [([], {}, 2), (["--device", "cuda"], {}, 1), ([], {"WORLD_SIZE": "4"}, 1), (["--processes", "3"], {}, 3)],
+    [([], {}, 2), (["--device", "cuda"], {}, 1), ([], {"WORLD_SIZE": "4"}, 1), (["--processes", "4"], {}, 4)],
 )
 def test_processes_are_started_where_nobody_else_does(monkeypatch, told, environment, expected: int) -> None:
     for name, value in environment.items():
