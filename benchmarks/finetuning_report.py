@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.metrics import interval
+from benchmarks.statistics import interval
 from p2p_subject.outputs import atomic_path
 
 Row = dict[str, Any]
