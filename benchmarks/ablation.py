@@ -34,9 +34,9 @@ from p2p_subject.models import Model
 from p2p_subject.outputs import atomic_write, save_image
 from p2p_subject.training import miniature, world
 from p2p_subject.training.grids import sample_batch, tiled
-from p2p_subject.training.loop import RunConfig
+from p2p_subject.training.loop import RunConfig, train
 from p2p_subject.training.multimodal import fresh
-from p2p_subject.training.representation import PARTS, Shares, SubjectLearning, SubjectTrainer, start, train
+from p2p_subject.training.representation import PARTS, Shares, SubjectLearning, SubjectTrainer, start
 from p2p_subject.training.scenes import Cache, normalised
 
 LEARNING = SubjectLearning(max_snr=5.0, central=0.5, subject_weight=1.0)
@@ -53,9 +53,9 @@ GROUPS = ("new_hue", "new_art", "caption only")
 AT_ONCE, SHOWN = 32, 12
 
 
-def pipeline_of(folder: Path | None = None) -> BlipDiffusionPipeline:
-    """The shipped miniature, or another of its layout, in single precision."""
-    return BlipDiffusionPipeline.from_pretrained(folder or miniature_folder())
+def shipped() -> BlipDiffusionPipeline:
+    """The shipped miniature, in single precision."""
+    return BlipDiffusionPipeline.from_pretrained(miniature_folder())
 
 
 def builder(learning: SubjectLearning, starts: Sequence[Path]) -> Callable[[], SubjectTrainer]:
@@ -72,7 +72,7 @@ def builder(learning: SubjectLearning, starts: Sequence[Path]) -> Callable[[], S
 
 def untrained(folder: Path) -> Path:
     """A Q-Former that nothing was taught, over the shipped image encoder, written as a run of stage one writes its own."""
-    pipeline, path = pipeline_of(), folder / "untrained.safetensors"
+    pipeline, path = shipped(), folder / "untrained.safetensors"
     if not path.exists():
         torch.manual_seed(0)
         save_file(fresh(pipeline.qformer, pipeline.qformer_tokenizer).state_dict(), path)
@@ -91,7 +91,7 @@ def judged(
     trainer: SubjectTrainer, group: str, count: int, steps: int, scale: float, judge: Judge
 ) -> tuple[list[dict[str, bool]], list[list[np.ndarray]]]:
     """Verdicts on `count` pictures of a group, and rows of reference, generated and true picture."""
-    pipeline = pipeline_of()
+    pipeline = shipped()
     pipeline.register_modules(**{name: getattr(trainer, name).eval() for name in PARTS})
     model, split = Model.of(pipeline), "test" if group == "caption only" else group
     specs = [world.sample(split, index) for index in range(count)]

@@ -91,7 +91,17 @@ def boundary_f(a: np.ndarray, b: np.ndarray, tolerance: float | None = None) -> 
 
     _require_masks(a, b)
     reach = math.ceil(0.008 * math.hypot(*a.shape)) if tolerance is None else tolerance
-    edges = [find_boundaries(mask, mode="inner") for mask in (a, b)]
+    return outline_f(*(find_boundaries(mask, mode="inner") for mask in (a, b)), reach)
+
+
+def outline_f(a: np.ndarray, b: np.ndarray, reach: float) -> float:
+    """F-measure of two outlines (H, W) bool, 0 to 1; higher is closer, 1 when neither has a pixel.
+
+    The harmonic mean of the shares of each that lies within `reach` pixels of the other. Raises `ValueError` for outlines that
+    do not fit.
+    """
+    _require_masks(a, b)
+    edges = (a, b)
     if not all(edge.any() for edge in edges):
         return 0.0 if any(edge.any() for edge in edges) else 1.0
     shares = [float((distance_transform_edt(~other)[edge] <= reach).mean()) for edge, other in (edges, edges[::-1])]

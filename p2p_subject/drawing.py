@@ -30,8 +30,19 @@ def sample_contexts(model: Model, contexts: Context, seeds: Sequence[int], steps
     """As `sample_batch`, for contexts of B rows that are encoded already."""
     width, height = (side // model.scale_factor for side in model.size)
     shape = (1, model.unet.config.in_channels, height, width)
-    # Drawn on the CPU, so that a seed means the same noise on every device.
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(model.device)
+    noise = seeded_noise(shape, seeds).to(model.device)
     unconditional = model.unconditional(None)
     predict = guided(model.noise, lambda index: unconditional, contexts, scale)
     return model.decode(walk(predict, noise, model.schedule(steps).sampling()))
+
+
+def seeded_noise(shape: tuple[int, ...], seeds: Sequence[int | None]) -> Tensor:
+    """Gaussian noise of `shape` (1, C, h, w) for each seed, (B, C, h, w); None draws at random."""
+    # On the CPU, so that a seed means the same noise on every device, alone or among others.
+    return torch.cat([torch.randn(shape, generator=_generator(seed)) for seed in seeds])
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator

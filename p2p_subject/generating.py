@@ -14,6 +14,7 @@ from inversion.walk import trace
 from p2p_subject import checks
 from p2p_subject.attention import map_size
 from p2p_subject.context import stack
+from p2p_subject.drawing import seeded_noise
 from p2p_subject.errors import ArgumentError, PromptError, SubjectError
 from p2p_subject.images import Frame, fit
 from p2p_subject.maps import MapMean
@@ -127,11 +128,4 @@ def _noise(model: Model, latents: Tensor | None, seeds: Sequence[int | None], si
         return latents.expand(rows, -1, -1, -1)
     width, height = sides(model, model.size if size is None else size)
     shape = (1, channels, height // factor, width // factor)
-    # Drawn on the CPU, so that a seed means the same noise on every device, alone or among others.
-    return torch.cat([torch.randn(shape, generator=_generator(seed)) for seed in seeds]).to(model.device)
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    return generator
+    return seeded_noise(shape, seeds).to(model.device)

@@ -205,6 +205,8 @@ def test_what_a_run_learnt_is_told_on_scenes_it_never_saw(pieces, tmp_path) -> N
 
 
 def evaluate_alone(rank: int, folder: Path) -> None:
+    # The threads of this process's arithmetic, if it has begun any, were not forked: more than one would be waited for.
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     ids, mask = text()
     if rank == 0:

@@ -18,10 +18,10 @@ from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
 from p2p_subject.training.backgrounds import PAINTERS, PHRASES, paint
 from p2p_subject.training.denoising import Denoising
-from p2p_subject.training.loop import RunConfig, learning_rate, run
+from p2p_subject.training.loop import RunConfig, learning_rate, run, train
 from p2p_subject.training.miniature import LEARNING, SETTINGS, networks
 from p2p_subject.training.multimodal import MultimodalTrainer
-from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, start, train
+from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, start
 from p2p_subject.training.scenes import Cache, caption_batches, make_cache
 from p2p_subject.training.tokenizers import WORDS, save_clip_tokenizer, save_word_piece_tokenizer
 from p2p_subject.training.vae import VAETrainer, fold_statistics, scene_batch

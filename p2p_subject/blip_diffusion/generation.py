@@ -11,6 +11,7 @@ from diffusers import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from inversion import guide
 from p2p_subject.blip_diffusion import arguments as check
 from p2p_subject.blip_diffusion.image_processor import is_batch
 from p2p_subject.blip_diffusion.modes import inference
@@ -165,8 +166,7 @@ class GenerationMixin:
             added = {} if residuals is None else residuals(given, timestep, contexts, share)
             noise = self.predict_noise(given, timestep, contexts, **added)
             if guided:
-                plain, subject = noise.chunk(2)
-                noise = plain + guidance_scale * (subject - plain)
+                noise = guide(*noise.chunk(2), guidance_scale)
             latents = scheduler.step(noise, timestep, latents, **random).prev_sample
             if callback is not None:
                 returned = callback(self, step, timestep, {"latents": latents})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from inversion import ScheduleError
 from inversion.schedule import PREDICTION_TYPES
 
 
-def target(scheduler: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+def target(scheduler: DDIMScheduler | DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """What a network should answer for noised latents, in its own prediction type.
 
     `latents` and `noise` (B, C, h, w), `timesteps` (B,): the noise ("epsilon"), sqrt(a) noise - sqrt(1 - a) latents

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from inversion.schedule import PREDICTION_TYPES
 from p2p_subject.errors import ArgumentError
-
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
+from p2p_subject.finetuning.loss import target
 
 
 class Denoising(nn.Module):
@@ -25,12 +25,12 @@ class Denoising(nn.Module):
 
     def __init__(self, scheduler: Mapping[str, Any], max_snr: float | None = None, central: float = 0.0) -> None:
         super().__init__()
-        own = DDPMScheduler.from_config(dict(scheduler))
-        self.prediction = own.config.prediction_type
-        if self.prediction not in PREDICTIONS:
-            raise ArgumentError(f"prediction_type={self.prediction!r}; expected one of {PREDICTIONS}")
+        self.scheduler = DDPMScheduler.from_config(dict(scheduler))
+        self.prediction = self.scheduler.config.prediction_type
+        if self.prediction not in PREDICTION_TYPES:
+            raise ArgumentError(f"prediction_type={self.prediction!r}; expected one of {PREDICTION_TYPES}")
         self.max_snr, self.central = max_snr, central
-        self.register_buffer("alphas", own.alphas_cumprod.float(), persistent=False)
+        self.register_buffer("alphas", self.scheduler.alphas_cumprod.float(), persistent=False)
 
     def timesteps(self, count: int) -> Tensor:
         """Draw (count,) int64 timesteps."""
@@ -49,14 +49,8 @@ class Denoising(nn.Module):
         t = self.timesteps(len(latents))
         alpha = self.alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        if self.prediction == "epsilon":
-            target = noise
-        elif self.prediction == "sample":
-            target = latents
-        else:
-            target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        error = (predict(noisy, t).float() - target).square()
+        noisy = self.scheduler.add_noise(latents, noise, t)
+        error = (predict(noisy, t).float() - target(self.scheduler, latents, noise, t)).square()
         if self.max_snr is not None:
             error = error * self._weight(alpha / (1 - alpha))
         return (error if emphasis is None else error * emphasis).mean()

@@ -14,9 +14,10 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing as mp
@@ -28,11 +29,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from p2p_subject.errors import ArgumentError
-from p2p_subject.outputs import atomic_path
+from p2p_subject.outputs import atomic_path, atomic_write
 
 Batch = dict[str, Tensor]
 Batches = Callable[[int, int, int], Batch]
 Evaluate = Callable[[int, Path], dict[str, float]]
+
+
+FREE = {"out", "steps", "processes", "device", "log_every", "checkpoint_every", "evaluate_every"}
+"""Settings that may change when a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,31 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return config.learning_rate
     progress = min(1.0, (step - start) / max(1.0, config.steps - start))
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    config: RunConfig,
+    build: Callable[[], nn.Module],
+    batches: Batches,
+    evaluate: Evaluate | None = None,
+    **record: Any,
+) -> Path:
+    """Run a stage; `record` is written into `settings.json` of the run beside the configuration.
+
+    Raises `ArgumentError` where the folder holds a run of other settings.
+    """
+    config.out.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(asdict(config) | record, default=str))
+    path = config.out / "settings.json"
+    if path.exists() and (config.out / "checkpoint.safetensors").exists():
+        before = json.loads(path.read_text())
+        names = sorted((before.keys() | settings.keys()) - FREE)
+        changed = [name for name in names if before.get(name) != settings.get(name)]
+        if changed:
+            told = "; ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
+            raise ArgumentError(f"{config.out} holds a run of other settings ({told}); go on with those, or give another --out")
+    atomic_write(path, json.dumps(settings, indent=2))
+    return run(config, build, batches, evaluate)
 
 
 def run(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, evaluate: Evaluate | None = None) -> Path:

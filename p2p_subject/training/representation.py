@@ -12,10 +12,9 @@ cover the object.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,10 @@ from p2p_subject.blip_diffusion.pipeline import BlipDiffusionPipeline
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
 from p2p_subject.blip_diffusion.text_encoder import ContextCLIPTextModel
 from p2p_subject.errors import ArgumentError
-from p2p_subject.outputs import atomic_write
 from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
 from p2p_subject.training.denoising import Denoising
-from p2p_subject.training.loop import Batches, Evaluate, RunConfig, run
 
-FREE = {"out", "steps", "processes", "device", "log_every", "checkpoint_every", "evaluate_every"}
-"""Settings that may change when a run goes on."""
 PARTS = {"unet": "diffusion_pytorch_model", "text_encoder": "model", "qformer": "model"}
 """What is trained, by its folder in a model, and the stem of the weights there."""
 
@@ -240,28 +235,3 @@ def start(trainer: nn.Module, source: Path, parts: Mapping[str, str] = PARTS) ->
         raise ArgumentError(f"{source} holds none of {', '.join(parts)}; expected the ema.safetensors of a run of these stages")
     kept = {key: value for key, value in saved.items() if key.split(".")[0] in held}
     trainer.load_state_dict({**own, **kept})
-
-
-def train(
-    config: RunConfig,
-    build: Callable[[], nn.Module],
-    batches: Batches,
-    evaluate: Evaluate | None = None,
-    **record: Any,
-) -> Path:
-    """Run a stage; `record` is written into `settings.json` of the run beside the configuration.
-
-    Raises `ArgumentError` where the folder holds a run of other settings.
-    """
-    config.out.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(asdict(config) | record, default=str))
-    path = config.out / "settings.json"
-    if path.exists() and (config.out / "checkpoint.safetensors").exists():
-        before = json.loads(path.read_text())
-        names = sorted((before.keys() | settings.keys()) - FREE)
-        changed = [name for name in names if before.get(name) != settings.get(name)]
-        if changed:
-            told = "; ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
-            raise ArgumentError(f"{config.out} holds a run of other settings ({told}); go on with those, or give another --out")
-    atomic_write(path, json.dumps(settings, indent=2))
-    return run(config, build, batches, evaluate)

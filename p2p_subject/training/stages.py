@@ -19,8 +19,8 @@ from p2p_subject.outputs import save_image
 from p2p_subject.training import cutout_stage, export, grids, miniature, multimodal, pictures, representation, scenes, structure
 from p2p_subject.training import vae as autoencoder
 from p2p_subject.training.inputs import ModelInputs
-from p2p_subject.training.loop import Evaluate, RunConfig, share
-from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt, start, train
+from p2p_subject.training.loop import Evaluate, RunConfig, share, train
+from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt, start
 
 SHOWN = 6
 """Rows of a folder of pictures that are drawn at checkpoints."""
