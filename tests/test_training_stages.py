@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPVisionModel
 
 from p2p_subject import Editor, Subject
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.errors import ArgumentError, ModelError
 from p2p_subject.training import __main__ as command
 from p2p_subject.training import multimodal, stages, world
+from p2p_subject.training.tokenizers import save_word_piece_tokenizer
+from tests.tiny_pipelines import stable_diffusion_1, stable_diffusion_xl
 
 SHORT = ["--processes", "1", "--steps", "2", "--evaluate-every", "2", "--precision", "no"]
 
@@ -130,3 +136,93 @@ def test_processes_are_started_where_nobody_else_does(monkeypatch, told, environ
 
 def test_stage_one_is_measured_on_splits_that_it_is_not_trained_on() -> None:
     assert set(multimodal.world_pairs(None)) == {"validation", "new_art"}
+
+
+@pytest.fixture(scope="module")
+def public_parts(tmp_path_factory) -> dict[str, Path]:
+    """A Stable Diffusion 1.5, a CLIP and a BERT of a few thousand weights, in folders as the public ones are."""
+    made = tmp_path_factory.mktemp("parts")
+    parts = {name: made / name for name in ("stable-diffusion", "image-encoder", "bert")}
+    stable_diffusion_1().save_pretrained(parts["stable-diffusion"])
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = {**sizes, "num_hidden_layers": 3, "image_size": 32, "patch_size": 8}
+    text = {**sizes, "num_hidden_layers": 1, "vocab_size": 50}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    with torch.no_grad():
+        for weight in clip.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    clip.save_pretrained(parts["image-encoder"])
+    save_word_piece_tokenizer(parts["bert"])
+    words = len((parts["bert"] / "vocab.txt").read_text().splitlines())
+    bert = BertConfig(vocab_size=words, num_hidden_layers=2, max_position_embeddings=32, **sizes)
+    BertModel(bert).save_pretrained(parts["bert"])
+    return parts
+
+
+def assemble(parts: dict[str, Path], out: Path, *more: object) -> None:
+    call("assemble", *(word for name, path in parts.items() for word in (f"--{name}", path)), "--out", out, *more)
+
+
+def test_a_model_of_public_parts_is_assembled_trained_and_used(public_parts, folder, tmp_path) -> None:
+    pytest.importorskip("pymatting")
+    model = tmp_path / "model"
+    assemble(public_parts, model, "--queries", "3")
+    made = BlipDiffusionPipeline.from_pretrained(model)
+    assert made.qformer.config.num_query_tokens == 3 and made.qformer.config.output_size == 24
+    given = StableDiffusionPipeline.from_pretrained(public_parts["stable-diffusion"], safety_checker=None)
+    for name in ("unet", "vae"):
+        own, theirs = made.components[name].state_dict(), given.components[name].state_dict()
+        assert own.keys() == theirs.keys() and all(torch.equal(own[key], theirs[key]) for key in own)
+    ids = made.tokenizer("a dog on grass", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.allclose(made.text_encoder(ids), given.text_encoder(ids)[0], atol=1e-5)
+
+    call("cutouts", folder, "--out", tmp_path / "cutouts")
+    data = ["--data", folder, "--model", model, *SHORT, "--batch", "4", "--threads", "2"]
+    call("multimodal", *data, "--bert", public_parts["bert"], "--text-length", "10", "--out", tmp_path / "one")
+    start = ["--start-from", tmp_path / "one" / "ema.safetensors"]
+    call("representation", *data, *start, "--cutouts", tmp_path / "cutouts", "--out", tmp_path / "two")
+    call("export", "--run", tmp_path / "two", "--model", model, "--out", tmp_path / "trained")
+    editor = Editor.from_pretrained(tmp_path / "trained")
+    made = editor.generate("a dog on grass", subject=Subject(folder / "0.png", "dog"), seed=0, steps=2)
+    assert made.image.size == (16, 16)
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_the_image_encoder_is_that_of_clip(public_parts, tmp_path, left_out: int) -> None:
+    """Up to the layers that are left out; CLIP's last norm is over all patches."""
+    assemble(public_parts, tmp_path / "model", "--left-out", left_out)
+    encoder = BlipDiffusionPipeline.from_pretrained(tmp_path / "model").qformer.visual_encoder
+    clip = CLIPVisionModel.from_pretrained(public_parts["image-encoder"]).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        hidden = clip(pixels, output_hidden_states=True).hidden_states[-1 - left_out]
+        norm = dict(clip.named_modules()).get("vision_model.post_layernorm") or clip.post_layernorm
+        assert torch.allclose(encoder(pixels), norm(hidden), atol=1e-5)
+
+
+def test_parts_that_make_no_model_are_refused(public_parts, tmp_path) -> None:
+    with pytest.raises(ArgumentError, match="left_out=3; expected 0 to 2 of the image encoder's 3 layers"):
+        assemble(public_parts, tmp_path / "model", "--left-out", "3")
+    with pytest.raises(ArgumentError, match="queries=0"):
+        assemble(public_parts, tmp_path / "model", "--queries", "0")
+    with pytest.raises(ModelError, match="the positions a subject needs number 43"):
+        assemble(public_parts, tmp_path / "model", "--queries", "40")
+    with pytest.raises(ModelError, match="config.json has no intermediate_size"):
+        shutil.copytree(public_parts["bert"], tmp_path / "bert")
+        (tmp_path / "bert" / "config.json").write_text('{"hidden_size": 1, "num_hidden_layers": 1, '
+                                                       '"num_attention_heads": 1, "max_position_embeddings": 1}')  # fmt: skip
+        assemble(public_parts | {"bert": tmp_path / "bert"}, tmp_path / "model")
+    with pytest.raises(ModelError, match="has no vocab.txt"):
+        assemble(public_parts | {"bert": public_parts["image-encoder"]}, tmp_path / "model")
+    with pytest.raises(ModelError, match="Weights missing|holds no image encoder"):
+        assemble(public_parts | {"image-encoder": public_parts["bert"]}, tmp_path / "model")
+    with pytest.raises(ModelError, match="has two text encoders"):
+        stable_diffusion_xl().save_pretrained(tmp_path / "xl")
+        assemble(public_parts | {"stable-diffusion": tmp_path / "xl"}, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("kept")
+    with pytest.raises(ArgumentError, match="is there already"):
+        assemble(public_parts, tmp_path / "model")

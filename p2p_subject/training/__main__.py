@@ -2,7 +2,8 @@
 
 Of the miniature alone: `vae`, `scenes` (draw and encode the training set), `structure` (its ControlNet). The two stages of
 pre-training: `multimodal` (a Q-Former on a frozen image encoder) and `representation` (subject representation learning).
-`cutouts` prepares a folder of pictures for them, `export` writes a run as a model folder. A run that was interrupted goes on
+`assemble` makes the model folder that they begin with of Stable Diffusion, CLIP and BERT, `cutouts` prepares a folder of
+pictures for them, `export` writes a run as a model folder. A run that was interrupted goes on
 when the same command is given again. On several GPUs: `accelerate launch -m p2p_subject.training STAGE ... --device cuda`.
 """
 
@@ -91,8 +92,20 @@ def parser() -> argparse.ArgumentParser:
     rest.add_argument("--vae", type=Path, help="of a run of the miniature: folder of the autoencoder")
     rest.add_argument("--model", type=Path, help="of any other run: the model folder that it began with")
     rest.add_argument("--structure", type=Path, help="of a run of `structure`: the model folder that it steers")
+    _assemble_arguments(stages.add_parser("assemble", help="a model folder of Stable Diffusion, CLIP and BERT, to be trained"))
     cutout_stage.add_arguments(stages.add_parser("cutouts", help="cut the subjects out of a folder of pictures"))
     return top
+
+
+def _assemble_arguments(own: argparse.ArgumentParser) -> None:
+    own.add_argument("--stable-diffusion", required=True, metavar="MODEL", help="its folder or hub name; one text encoder")
+    own.add_argument("--image-encoder", type=Path, required=True, metavar="FOLDER", help="of a CLIP; the paper: ViT-L/14")
+    own.add_argument("--bert", type=Path, required=True, metavar="FOLDER", help="with vocab.txt; the paper: base, uncased")
+    own.add_argument("--out", type=Path, required=True, help="the new model folder")
+    own.add_argument("--queries", type=int, default=16, metavar="N", help="tokens of a subject (default %(default)s)")
+    about = "last layers of the image encoder that are not run (default %(default)s)"
+    own.add_argument("--left-out", type=int, default=1, metavar="N", help=about)
+    own.add_argument("--variant", help="of Stable Diffusion's files, such as fp16")
 
 
 def _data_arguments(own: argparse.ArgumentParser) -> None:

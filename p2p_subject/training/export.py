@@ -50,7 +50,7 @@ def assemble(weights: Path, vae_folder: Path, tokenizers: Path) -> BlipDiffusion
 def export(run: Path, vae_folder: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the averaged weights of a run of the miniature as a model folder, in half precision."""
     out.mkdir(parents=True, exist_ok=True)
-    _save(assemble(run / "ema.safetensors", vae_folder, out).to(dtype), out)
+    save(assemble(run / "ema.safetensors", vae_folder, out).to(dtype), out)
     (out / SETTINGS).write_text(json.dumps({"guidance_scale": GUIDANCE_SCALE}) + "\n")
 
 
@@ -63,7 +63,7 @@ def with_weights(model: Path, weights: Path) -> BlipDiffusionPipeline:
 
 def export_onto(run: Path, model: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the averaged weights of a run as a model folder, with all else from the model folder that it began with."""
-    _save(with_weights(model, run / "ema.safetensors").to(dtype), out)
+    save(with_weights(model, run / "ema.safetensors").to(dtype), out)
     if (model / SETTINGS).is_file():
         (out / SETTINGS).write_text((model / SETTINGS).read_text())
 
@@ -79,7 +79,9 @@ def export_controlnet(run: Path, model: Path, out: Path) -> None:
     _forget_origin(out / "config.json")
 
 
-def _save(pipeline: BlipDiffusionPipeline, out: Path) -> None:
+def save(pipeline: BlipDiffusionPipeline, out: Path) -> None:
+    """Write a pipeline as a model folder that does not tell where its parts came from; `model_index.json`, which makes the
+    folder a model, comes last."""
     pipeline.save_pretrained(out)
     for path in out.glob("*/config.json"):
         _forget_origin(path)

@@ -16,7 +16,18 @@ from p2p_subject.errors import ArgumentError
 from p2p_subject.loading import miniature_folder
 from p2p_subject.models import Model
 from p2p_subject.outputs import save_image
-from p2p_subject.training import cutout_stage, export, grids, miniature, multimodal, pictures, representation, scenes, structure
+from p2p_subject.training import (
+    assembling,
+    cutout_stage,
+    export,
+    grids,
+    miniature,
+    multimodal,
+    pictures,
+    representation,
+    scenes,
+    structure,
+)
 from p2p_subject.training import vae as autoencoder
 from p2p_subject.training.inputs import ModelInputs
 from p2p_subject.training.loop import Evaluate, RunConfig, share, train
@@ -56,6 +67,20 @@ def _scenes(arguments: Namespace) -> None:
 
 def _cutouts(arguments: Namespace) -> None:
     cutout_stage.command(arguments)
+
+
+def _assemble(arguments: Namespace) -> None:
+    if arguments.out.is_file() or (arguments.out.is_dir() and any(arguments.out.iterdir())):
+        raise ArgumentError(f"{arguments.out} is there already; give the name of a new folder")
+    pipeline = assembling.assemble(
+        arguments.stable_diffusion,
+        arguments.image_encoder,
+        arguments.bert,
+        queries=arguments.queries,
+        left_out=arguments.left_out,
+        variant=arguments.variant,
+    )
+    export.save(pipeline, arguments.out)
 
 
 def _multimodal(arguments: Namespace) -> None:
