@@ -30,12 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.cost import machine
-from benchmarks.finetuning_methods import METHODS
+from benchmarks.finetuning_methods import METHODS, encoded
 from benchmarks.finetuning_report import plot, tables
 from benchmarks.judge import Judge, right_category, right_look, to_batch
 from p2p_subject.context import Context
 from p2p_subject.drawing import sample_contexts
 from p2p_subject.finetuning.pictures import Views, encode, read_pictures
+from p2p_subject.finetuning.prior import Prior
 from p2p_subject.finetuning.result import with_unet
 from p2p_subject.finetuning.trainer import Trainer
 from p2p_subject.models import Model
@@ -54,14 +55,15 @@ RANK = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run: model (None: the miniature), views a subject, pictures a milestone, sampling steps, rank, and the steps
-    after which pictures are drawn."""
+    """What is run: model (None: the miniature), views a subject, pictures a milestone, sampling steps, rank, generated pictures
+    of the category for methods that learn those, and the steps after which pictures are drawn."""
 
     model: str | None = None
     views: int = 4
     pictures: int = 12
     sampling: int = 25
     rank: int = RANK
+    prior: int = 48
     milestones: tuple[int, ...] = MILESTONES
 
 
@@ -147,10 +149,14 @@ def run_case(settings: Settings, case: Case, out: Path) -> None:
 
     clock = Clock()
     learner = build(model, look, views, rate=rate, rank=settings.rank, seed=case.seed, **options)
+    sets = [Views(encode(model, read_pictures(views, "views")), ("",), learner.contexts)]
+    if learner.prior is not None:
+        made = Prior(None, settings.prior).pictures(model, world.with_article(look.category), None)
+        sets.append(Views(encode(model, made), ("",), learner.prior))
     trainer = Trainer(
         unet=learner.unet,
         groups=learner.groups,
-        sets=[Views(encode(model, read_pictures(views, "views")), ("",), learner.contexts)],
+        sets=sets,
         scheduler=DDIMScheduler.from_config(model.pipeline.scheduler.config),
         seed=case.seed,
     )
@@ -160,12 +166,11 @@ def run_case(settings: Settings, case: Case, out: Path) -> None:
     for step in range(milestones(case.method, settings)[-1] + 1):
         if step in milestones(case.method, settings):
             with torch.no_grad():
-                images = sample_contexts(
-                    tuned, Context(learner.contexts(phrases)), seeds, settings.sampling, model.guidance_scale
-                )
+                told, away = (Context(tokens) for tokens in (learner.contexts(phrases), encoded(model, learner.encoder, [""])))
+                images = sample_contexts(tuned, told, seeds, settings.sampling, model.guidance_scale, away)
             spent = {"seconds": clock.wall, "cpu_seconds": clock.cpu, "unet_rows": trainer.calls, "steps": step}
-            told = asdict(case) | {"rate": rate, "category_word": look.category, "source": look.source, "hue": look.hue}
-            rows.append(told | spent | bench.measured(images, look, grounds, real))
+            known = asdict(case) | {"rate": rate, "category_word": look.category, "source": look.source, "hue": look.hue}
+            rows.append(known | spent | bench.measured(images, look, grounds, real))
             panels.append([(f"step {step}, {phrase}", image) for phrase, image in zip(phrases, images)][:8])
         if step < milestones(case.method, settings)[-1]:
             with clock:
@@ -268,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.max_steps < 0:
         parser.error(f"--max-steps {given.max_steps}: expected 0 or more")
     reached = tuple(step for step in MILESTONES if step <= given.max_steps)
-    settings = Settings(given.model, given.views, given.pictures, given.sampling, given.rank, reached)
+    settings = Settings(given.model, given.views, given.pictures, given.sampling, given.rank, milestones=reached)
     cases = [
         Case(method, subject, seed, rate, tuning=given.tune is not None)
         for subject in range(given.subjects)

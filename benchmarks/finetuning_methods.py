@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from p2p_subject.finetuning import network
+from p2p_subject.finetuning.pictures import Contexts
 from p2p_subject.finetuning.trainer import Group
 from p2p_subject.models import Model
 from p2p_subject.subject import Subject
@@ -25,11 +26,17 @@ RARE = "big"
 
 @dataclass(eq=False)
 class Learner:
-    """What a method trains, and what it tells the U-Net of a background ("on grass", or "" for the views themselves)."""
+    """What a method trains, and what it tells the U-Net of a background ("on grass", or "" for the views themselves).
+
+    `encoder` is the text encoder, which tells what guidance leads away from; `prior` what the U-Net is told of pictures of the
+    category, where the method learns those as well.
+    """
 
     unet: UNet2DConditionModel
     groups: list[Group]
-    contexts: Callable[[Sequence[str]], Tensor]
+    contexts: Contexts
+    encoder: nn.Module
+    prior: Contexts | None = None
 
 
 def _with_unet(model: Model, lora: bool, rate: float, rank: int, seed: int) -> tuple[UNet2DConditionModel, list[Group]]:
@@ -49,7 +56,8 @@ def ours(
         return model.encode(model.layout(_prompt(look.category, phrase), subject=True), embedding).tokens
 
     unet, groups = _with_unet(model, lora, rate, rank, seed)
-    return Learner(unet, groups, lambda phrases: torch.cat([tokens(phrase) for phrase in phrases]))
+    encoder = model.pipeline.text_encoder
+    return Learner(unet, groups, lambda phrases: torch.cat([tokens(phrase) for phrase in phrases]), encoder)
 
 
 def dreambooth(
@@ -61,20 +69,22 @@ def dreambooth(
     seed: int,
     lora: bool,
     text: bool = False,
+    prior: bool = False,
 ) -> Learner:
-    """A rare word before the category, the U-Net trained and the text encoder as well, or not (Ruiz et al. 2023)."""
+    """A rare word before the category (Ruiz et al. 2023): the U-Net is trained, and if asked for the text encoder and the
+    category's own pictures ("prior preservation"), which is how it was published."""
     unet, groups = _with_unet(model, lora, rate, rank, seed)
     encoder = model.pipeline.text_encoder
     if text:
         encoder = copy.deepcopy(encoder).requires_grad_(True)
         groups.append(({f"text.{name}": weight for name, weight in encoder.named_parameters()}, rate))
 
-    def contexts(phrases: Sequence[str]) -> Tensor:
-        ids = [model.layout(_prompt(f"{RARE} {look.category}", phrase)).ids for phrase in phrases]
+    def contexts(noun: str, phrases: Sequence[str]) -> Tensor:
         with torch.set_grad_enabled(text and torch.is_grad_enabled()):
-            return encoder(torch.tensor(ids, device=model.device))
+            return encoded(model, encoder, [_prompt(noun, phrase) for phrase in phrases])
 
-    return Learner(unet, groups, contexts)
+    own, kept = (partial(contexts, noun) for noun in (f"{RARE} {look.category}", look.category))
+    return Learner(unet, groups, own, encoder, kept if prior else None)
 
 
 def textual_inversion(
@@ -93,7 +103,12 @@ def textual_inversion(
         ]
         return encoder(torch.tensor(rows, device=model.device), token.expand(len(rows), -1, -1), 2)
 
-    return Learner(network.copy_of(model, share=True), [({"token": token}, rate)], contexts)
+    return Learner(network.copy_of(model, share=True), [({"token": token}, rate)], contexts, encoder)
+
+
+def encoded(model: Model, encoder: nn.Module, prompts: Sequence[str]) -> Tensor:
+    """What a text encoder makes of prompts, (B, L, D)."""
+    return encoder(torch.tensor([model.layout(prompt).ids for prompt in prompts], device=model.device))
 
 
 def _prompt(noun: str, phrase: str) -> str:
@@ -106,6 +121,7 @@ METHODS: dict[str, tuple[Callable[..., Learner], dict[str, bool], float]] = {
     "dreambooth lora": (dreambooth, {"lora": True}, 3e-3),
     "dreambooth full": (dreambooth, {"lora": False}, 3e-4),
     "dreambooth text": (dreambooth, {"lora": False, "text": True}, 3e-4),
+    "dreambooth prior": (dreambooth, {"lora": False, "text": True, "prior": True}, 3e-4),
     "textual inversion": (textual_inversion, {}, 1e-2),
 }
 """Methods by name: what builds the learner, its options, and its learning rate.

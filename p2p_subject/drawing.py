@@ -26,13 +26,15 @@ def sample_batch(
 
 
 @torch.no_grad()
-def sample_contexts(model: Model, contexts: Context, seeds: Sequence[int], steps: int, scale: float) -> list[Image.Image]:
-    """As `sample_batch`, for contexts of B rows that are encoded already."""
+def sample_contexts(
+    model: Model, contexts: Context, seeds: Sequence[int], steps: int, scale: float, unconditional: Context | None = None
+) -> list[Image.Image]:
+    """As `sample_batch`, for contexts of B rows that are encoded already; `unconditional` (None: the model's) is one row."""
     width, height = (side // model.scale_factor for side in model.size)
     shape = (1, model.unet.config.in_channels, height, width)
     noise = seeded_noise(shape, seeds).to(model.device)
-    unconditional = model.unconditional(None)
-    predict = guided(model.noise, lambda index: unconditional, contexts, scale)
+    away = model.unconditional() if unconditional is None else unconditional
+    predict = guided(model.noise, lambda index: away, contexts, scale)
     return model.decode(walk(predict, noise, model.schedule(steps).sampling()))
 
 

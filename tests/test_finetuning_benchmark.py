@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def small(miniature_folder) -> Settings:
-    return Settings(str(miniature_folder), views=2, pictures=2, sampling=2, rank=2, milestones=(0, 1, 2))
+    return Settings(str(miniature_folder), views=2, pictures=2, sampling=2, rank=2, prior=2, milestones=(0, 1, 2))
 
 
 def test_reported_drawings_are_neither_trained_on_nor_tuned_on() -> None:
@@ -66,7 +66,8 @@ def test_a_method_trains_what_it_says_on_a_copy(small, method, tmp_path, monkeyp
     benchmark.run_case(small, case, tmp_path)
 
     rows = benchmark.rows_of([case], tmp_path)
-    assert [(row["steps"], row["unet_rows"]) for row in rows] == [(0, 0), (1, 3), (2, 6)]
+    a_step = 6 if method == "dreambooth prior" else 3
+    assert [(row["steps"], row["unet_rows"]) for row in rows] == [(0, 0), (1, a_step), (2, 2 * a_step)]
     assert all(0 <= row[name] <= 1 for row in rows for name in ("fidelity", "category", "look", "background"))
     assert rows[0]["seconds"] < rows[2]["seconds"] and rows[0]["rate"] == 1e-2
     assert (tmp_path / "sheets" / f"{case.name}.png").is_file()
@@ -77,9 +78,13 @@ def test_a_method_trains_what_it_says_on_a_copy(small, method, tmp_path, monkeyp
         "additions": any("lora" in name for name in names),
         "token": names == {"token"},
     }
-    told = {"text encoder": "text" in method.split(), "additions": "lora" in method, "token": method == "textual inversion"}
+    told = {
+        "text encoder": method in ("dreambooth text", "dreambooth prior"),
+        "additions": "lora" in method,
+        "token": method == "textual inversion",
+    }
     assert trained == told
-    assert any(name.startswith("conv_in") for name in names) is (method.split()[-1] in ("full", "text"))
+    assert any(name.startswith("conv_in") for name in names) is (method.split()[-1] in ("full", "text", "prior"))
     after = dict([*_weights(model.unet), *_weights(model.pipeline.text_encoder)])
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     learned = trainers[0].weights
@@ -108,6 +113,17 @@ def test_all_methods_see_the_same_pictures_noise_and_timesteps(small, tmp_path, 
     for other in others:
         for a, b in zip(first, other, strict=True):
             assert a.time == b.time and torch.equal(a.noise, b.noise) and torch.equal(a.view.latents, b.view.latents)
+
+
+def test_guidance_leads_away_from_what_the_trained_text_encoder_says(small, tmp_path, monkeypatch) -> None:
+    """Not from what the untrained one did: a direction between two encoders is no direction of the prompt."""
+    sample, seen = benchmark.sample_contexts, []
+    monkeypatch.setattr(benchmark, "sample_contexts", lambda *given: seen.append(given[-1].tokens) or sample(*given))
+    for folder in ("rows", "sheets"):
+        (tmp_path / folder).mkdir()
+    benchmark.run_case(small, Case("dreambooth text", 0, 0, rate=1e-2), tmp_path)
+    before = benchmark.bench_of(small).model.unconditional().tokens
+    assert torch.equal(seen[0], before) and not torch.allclose(seen[-1], before, atol=1e-3)
 
 
 def test_the_command_line_goes_on_where_it_stopped(small, tmp_path, capsys, monkeypatch) -> None:
