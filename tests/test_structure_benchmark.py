@@ -54,12 +54,27 @@ def test_the_ablations_run_resume_and_refuse_other_settings(miniature_folder, tm
     monkeypatch.setattr(ablation, "VARIANTS", {name: (False, replace(own)) for name, (_, own) in ablation.VARIANTS.items()})
     given = ["--scenes", tmp_path / "scenes", "--stage-one", "none", "--out", tmp_path / "out", "--processes", "1"]
     given += ["--variants", "full", "no subject text", "--steps", "1", "--batch", "4", "--count", "2", "--sampling-steps", "2"]
-    for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, given)])
+    trainings, train = [], ablation.train
+    spy = lambda config, *rest, **more: trainings.append(config) or train(config, *rest, **more)  # noqa: E731
+    monkeypatch.setattr(ablation, "train", spy)
+    tables = []
+    for seeds in (2, 2, 1):
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, given), "--seeds", str(seeds)])
         ablation.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("| no subject text |") and lines[-2].startswith("| full |")
-    assert (tmp_path / "out" / "full" / "new_art.png").is_file()
+        tables.append(capsys.readouterr().out.splitlines()[-4:])
+    assert len(trainings) == 4 and tables[0] == tables[1]
+    assert [config.seed for config in trainings] == [0, 0, 1, 1]
+    assert tables[0][-1].startswith("| no subject text |") and tables[0][-2].startswith("| full |")
+    assert "n = 4 each" in tables[0][0] and "n = 2 each" in tables[2][0]
+    assert (tmp_path / "out" / "full_seed1" / "new_art.png").is_file()
     monkeypatch.setattr(sys, "argv", ["x", *map(str, given[:-1]), "3"])
     with pytest.raises(SystemExit, match="holds figures of other settings"):
         ablation.main()
+
+
+def test_a_table_of_ablations_gives_differences_over_the_same_pictures() -> None:
+    verdicts = {key: [True] * 6 + [False] * 2 for key in ablation.COLUMNS.values()}
+    worse = {key: [True] * 2 + [False] * 6 for key in verdicts}
+    lines = ablation.table({"full": verdicts, "other": worse, "same": verdicts | {}}).splitlines()
+    assert lines[2].startswith("| full | 0.75 (0.") and lines[3].startswith("| other | 0.25 (-0.")
+    assert "0.75 (+0.00 to +0.00)" in lines[4]

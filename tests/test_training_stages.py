@@ -19,7 +19,8 @@ from p2p_subject import Editor, Subject
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
 from p2p_subject.errors import ArgumentError, ModelError
 from p2p_subject.training import __main__ as command
-from p2p_subject.training import multimodal, stages, world
+from p2p_subject.training import multimodal, scenes, stages, world
+from p2p_subject.training.representation import Shares
 from p2p_subject.training.tokenizers import save_word_piece_tokenizer
 from tests.tiny_pipelines import stable_diffusion_1, stable_diffusion_xl
 
@@ -226,3 +227,22 @@ def test_parts_that_make_no_model_are_refused(public_parts, tmp_path) -> None:
     (tmp_path / "model" / "mine.txt").write_text("kept")
     with pytest.raises(ArgumentError, match="is there already"):
         assemble(public_parts, tmp_path / "model")
+
+
+def test_an_image_generator_is_trained_without_subjects(miniature_folder, tmp_path) -> None:
+    """What the ablations begin with: no row has a subject, and what makes subjects gets no gradient."""
+    scenes.make_cache(tmp_path / "scenes", miniature_folder / "vae", 8)
+    given = ["--scenes", tmp_path / "scenes", "--vae", miniature_folder / "vae", "--captions-only", *SHORT, "--batch", "4"]
+    call("representation", *given, "--start-from", miniature_folder, "--out", tmp_path / "base")
+    settings = json.loads((tmp_path / "base" / "settings.json").read_text())
+    shares = Shares(**settings["learning"]["shares"])
+    assert all(shares.split(count)[0] == 0 for count in (1, 3, 32, 64) for _ in range(50))
+    trained = load_file(tmp_path / "base" / "checkpoint.safetensors")
+    before = BlipDiffusionPipeline.from_pretrained(miniature_folder)
+    # Weight decay alone moves what no gradient comes to, by at most the rate times its factor a step.
+    for name in ("query_tokens", "proj_layer.dense1.weight"):
+        assert torch.allclose(trained[f"model.qformer.{name}"], before.qformer.state_dict()[name], rtol=1e-4, atol=0)
+    weight = "conv_in.weight"
+    assert not torch.allclose(trained[f"model.unet.{weight}"], before.unet.state_dict()[weight], rtol=1e-4, atol=0)
+    with pytest.raises(ArgumentError, match="the opposite of each other"):
+        call("representation", *given, "--no-subject-drop", "--out", tmp_path / "other")

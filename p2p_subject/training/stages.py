@@ -109,6 +109,11 @@ def _multimodal(arguments: Namespace) -> None:
 def learning_of(arguments: Namespace) -> SubjectLearning:
     """What of stage two is done how, as the arguments say: the miniature's recipe for its scenes, the paper's for pictures."""
     recipe = miniature.LEARNING if arguments.data is None else SubjectLearning()
+    if arguments.captions_only:
+        if arguments.no_subject_drop:
+            raise ArgumentError("--captions-only and --no-subject-drop say the opposite of each other; give one")
+        neither = recipe.shares.neither
+        return dataclasses.replace(recipe, shares=Shares(1 - neither, neither), auxiliary_weight=0.0)
     return dataclasses.replace(
         recipe,
         attention_weight=arguments.attention_weight,
