@@ -46,18 +46,20 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def text(suite: type[Suite], facts: Sequence[str], found: Sequence[Section]) -> str:
-    """The whole report in Markdown."""
-    about = "\n".join(f"- {measure.title}: {measure.about}" for measure in suite.measures if measure.about)
+def text(suite: type[Suite], facts: Sequence[str], found: Sequence[Section], brief: bool = False) -> str:
+    """The whole report in Markdown; `brief` leaves out the measures that are not in the suite's headline."""
+    told = [measure for measure in suite.measures if measure.about and (measure.name in suite.headline or not brief)]
+    about = "\n".join(f"- {measure.title}: {measure.about}" for measure in told)
     parts = [f"# Suite {suite.name}", "\n".join(f"- {line}" for line in facts), STAR, about]
     for section in found:
         parts.append(f"## {section.kind} ({section.cases} cases)")
-        parts += [part for table in section.tables for part in (f"{table.title[0].upper()}{table.title[1:]}:", markdown(table))]
+        tables = section.tables[:-1] if brief else section.tables
+        parts += [part for table in tables for part in (f"{table.title[0].upper()}{table.title[1:]}:", markdown(table))]
     return "\n\n".join(parts) + "\n"
 
 
-def report(folder: Path, against: str | None = None, shown: int = SHOWN) -> str:
-    """Write the report of a run and return its Markdown.
+def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: bool = False) -> str:
+    """Write the report of a run and return its Markdown, or the `brief` one, which is not written.
 
     `against` is the method whose paired differences are shown and whose worst cases come first (None: the run's first).
     Raises `RunError` for a folder that is no run, `ArgumentError` for a method that it does not hold.
@@ -78,7 +80,7 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN) -> str:
             atomic_write(folder / "plots" / f"{file_name(kind)}.png", picture)
     atomic_write(folder / "report.md", made)
     atomic_write(folder / "report.html", page(folder, suite, told, found, plots, against, shown))
-    return made
+    return text(suite, told, found, brief=True) if brief else made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,9 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of a run")
     parser.add_argument("--against", metavar="METHOD", help="whose differences and worst cases (default: the run's first)")
     parser.add_argument("--shown", type=int, default=SHOWN, help="cases a kind with pictures on the page (default %(default)s)")
+    parser.add_argument("--brief", action="store_true", help="print the headline's measures alone")
     given = parser.parse_args(argv)
     try:
-        print(report(given.folder, given.against, max(0, given.shown)))
+        print(report(given.folder, given.against, max(0, given.shown), given.brief))
     except P2PSubjectError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -451,6 +451,9 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     text = report.report(made_run(tmp_path), against="bad", shown=4)
     assert (tmp_path / "report.md").read_text() == text and "## swap (6 cases)" in text and "1 failed" in text
     assert "command: python -m x" in text
+    brief = report.report(tmp_path, against="bad", shown=4, brief=True)
+    assert "mask IoU" in brief and "Bad less the method" in brief and "SSIM outside" in text and "SSIM outside" not in brief
+    assert (tmp_path / "report.md").read_text() == text
     html = (tmp_path / "report.html").read_text()
     found = Page(html)
     assert found.sources and all(source.startswith("data:image/") for source in found.sources)
