@@ -218,7 +218,7 @@ def test_edits_combine() -> None:
     swap = swap_subject("cat", Subject(PICTURE, "dog"))
     blend = Blend(source_words=("cat", "hat"))
     both = combine(swap, reweight({"snowy": 2.0}), reweight({"hat": -1.0}, blend=blend))
-    assert both.subject == swap.subject and both.swap == "cat" and both.cross_replace == (0.0, 0.2)
+    assert both.subject == swap.subject and both.swap == "cat" and both.cross_replace == (0.0, 0.4)
     assert both.weights == {"snowy": 2.0, "hat": -1.0} and both.blend == blend
     assert combine(refine("a snowy cat", blend=None), reweight({"snowy": 2.0})).blend is None
     with pytest.raises(EditSpecError, match="two edits give snowy: 2.0 and 3.0"):
