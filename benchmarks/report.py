@@ -2,8 +2,8 @@
 
     python -m benchmarks.report runs/x
 
-Writes `report.md`, `report.html` (one file that needs no other) and `plots/` into the folder and prints the tables. It reads
-what is there, so a run under way can be looked at.
+Writes `report.md`, `report.html` (one file that needs no other), `plots/` and `sheets/` (pictures of cases, evenly from the
+worst to the best) into the folder and prints the tables. It reads what is there, so a run under way can be looked at.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report_page import page, plot
+from benchmarks.report_page import page, plot, sheet
 from benchmarks.report_tables import Section, markdown, sections
 from benchmarks.run_folder import Row, file_name, read_rows, read_settings
 from benchmarks.suite import Suite
 from benchmarks.suites import suite_class
 from p2p_subject.errors import ArgumentError, P2PSubjectError
-from p2p_subject.outputs import atomic_write
+from p2p_subject.outputs import atomic_write, save_image
 
 SHOWN = 12
 """Cases of a kind whose pictures are on the page."""
@@ -74,10 +74,13 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
     told = facts(settings, rows)
     made = text(suite, told, found)
     plots = {section.kind: plot(section, suite) for section in found}
-    (folder / "plots").mkdir(exist_ok=True)
-    for kind, picture in plots.items():
-        if picture is not None:
-            atomic_write(folder / "plots" / f"{file_name(kind)}.png", picture)
+    for name in ("plots", "sheets"):
+        (folder / name).mkdir(exist_ok=True)
+    for section in found:
+        if (picture := plots[section.kind]) is not None:
+            atomic_write(folder / "plots" / f"{file_name(section.kind)}.png", picture)
+        if (cases := sheet(folder, suite, section, against)) is not None:
+            save_image(cases, folder / "sheets" / f"{file_name(section.kind)}.png")
     atomic_write(folder / "report.md", made)
     atomic_write(folder / "report.html", page(folder, suite, told, found, plots, against, shown))
     return text(suite, told, found, brief=True) if brief else made

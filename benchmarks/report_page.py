@@ -15,6 +15,7 @@ from benchmarks.run_folder import Row
 from benchmarks.statistics import mean
 from benchmarks.suite import Measure, Suite
 from p2p_subject.errors import ArgumentError
+from p2p_subject.viz import contact_sheet
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SIDE = 256
@@ -81,23 +82,49 @@ def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> 
     }
 
 
+def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows: int = 8) -> Image.Image | None:
+    """What the methods returned for some cases, evenly from the one that `against` did worst on to its best; None without
+    pictures."""
+    axes = axes_of(suite)
+    order = worst_first(section, suite, against)
+    count = min(rows, len(order))
+    cases = [order[round(at * (len(order) - 1) / max(1, count - 1))] for at in range(count)]
+    panels = []
+    for case in cases:
+        own = {name: of[case] for name, of in section.rows.items() if case in of}
+        first = next(iter(own.values()))
+        asked = [(CAPTIONS[name], first["pictures"][name]) for name in ASKED if name in first.get("pictures", {})]
+        made = []
+        for name, row in own.items():
+            values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
+            if "edited" in row["pictures"]:
+                made.append((f"{label(name, {'': row})}: {', '.join(filter(None, values))}", row["pictures"]["edited"]))
+        panels.append([(text, Image.open(folder / path)) for text, path in [*asked, *made]])
+    title = f"{section.kind}: from the worst of {against} to its best; {', '.join(measure.title for measure in axes)}"
+    return contact_sheet(panels, panel=112, title=title) if any(panels) else None
+
+
+def axes_of(suite: type[Suite]) -> list[Measure]:
+    """The measures of fidelity and of preservation."""
+    known = {measure.name: measure for measure in suite.measures}
+    return [known[suite.axes.fidelity], known[suite.axes.preservation]]
+
+
 def edit_view(folder: Path, suite: type[Suite], name: str, row: Row) -> dict[str, Any]:
     """What one method returned for a case: its pictures, its two headline values, or its error."""
-    known = {measure.name: measure for measure in suite.measures}
-    values = [short(known[key], row["metrics"].get(key)) for key in (suite.axes.fidelity, suite.axes.preservation)]
     pictures = row.get("pictures", {})
     return {
         "caption": label(name, {"": row}),
         "edited": inlined(folder / pictures["edited"]) if "edited" in pictures else None,
         "mask": inlined(folder / pictures["mask"]) if "mask" in pictures else None,
-        "values": [value for value in values if value],
+        "values": [text for measure in axes_of(suite) if (text := short(measure, row["metrics"].get(measure.name)))],
         "error": row.get("error"),
     }
 
 
-def short(measure: Measure, value: float | None) -> str:
-    """A value with its measure, for under a picture; nothing without a value."""
-    return "" if value is None else f"{measure.title} {measure.scale * value:.3g} {measure.unit}".strip()
+def short(measure: Measure, value: float | None, named: bool = True) -> str:
+    """A value with its unit and its measure's name, for under a picture; nothing without a value."""
+    return "" if value is None else f"{measure.title if named else ''} {measure.scale * value:.3g} {measure.unit}".strip()
 
 
 def plot(section: Section, suite: type[Suite]) -> bytes | None:
@@ -107,8 +134,8 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("plots need matplotlib; install the extra p2p_subject[benchmarks]") from error
-    known = {measure.name: measure for measure in suite.measures}
-    fidelity, preservation, cost = (known[name] for name in (suite.axes.fidelity, suite.axes.preservation, suite.axes.cost))
+    fidelity, preservation = axes_of(suite)
+    (cost,) = [measure for measure in suite.measures if measure.name == suite.axes.cost]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     drawn = 0

@@ -463,6 +463,7 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     assert found.text.count("swap-000") == 4 and found.text.index("swap-0005") < found.text.index("swap-0000")
     assert "swap-0003" not in found.text and "5 of 6)" in found.text
     assert Image.open(tmp_path / "plots" / "swap.png").width > 800
+    assert Image.open(tmp_path / "sheets" / "swap.png").height > 6 * 112
     again = made_run(tmp_path / "again")
     report.report(again, against="bad", shown=4)
     assert (again / "report.html").read_text() == html
