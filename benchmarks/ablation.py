@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,9 +34,10 @@ from benchmarks.cost import environment
 from benchmarks.judge import Judge, right_category, right_look
 from benchmarks.statistics import interval
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.errors import ArgumentError, P2PSubjectError
 from p2p_subject.loading import miniature_folder
 from p2p_subject.models import Model
-from p2p_subject.outputs import atomic_write, save_image
+from p2p_subject.outputs import atomic_path, atomic_write, save_image
 from p2p_subject.training import miniature, world
 from p2p_subject.training.grids import sample_batch, tiled
 from p2p_subject.training.loop import RunConfig, train
@@ -91,7 +93,8 @@ def untrained(folder: Path) -> Path:
     pipeline, path = shipped(), folder / "untrained.safetensors"
     if not path.exists():
         torch.manual_seed(0)
-        save_file(fresh(pipeline.qformer, pipeline.qformer_tokenizer).state_dict(), path)
+        with atomic_path(path) as temporary:
+            save_file(fresh(pipeline.qformer, pipeline.qformer_tokenizer).state_dict(), temporary)
     return path
 
 
@@ -141,27 +144,34 @@ def measure(trainer: SubjectTrainer, count: int, steps: int, scale: float, out: 
     return found
 
 
-def table(results: Mapping[str, Verdicts]) -> str:
+def table(results: Mapping[str, Sequence[Verdicts]]) -> str:
     """Markdown: subject and text alignment on held-out looks, and generation from the caption alone.
 
-    Shares in [0, 1], and in the lines below the first the difference to it, with its 95 % interval over the same pictures.
+    `results` hold the verdicts of each variant's trainings, on the same pictures. Shares in [0, 1]; below the first line also
+    the difference to it. In brackets 95 % intervals over pictures, each the mean of its trainings: what another choice of
+    pictures could give, not what other trainings could.
     """
     first = next(iter(results.values()))
-    count = len(next(iter(first.values())))
-    lines = [f"| variant (n = {count} each) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for name, verdicts in results.items():
-        cells = [cell(verdicts[key], None if verdicts is first else first[key]) for key in COLUMNS.values()]
+    size = f"{len(next(iter(first[0].values())))} pictures x {len(first)} training{'s' * (len(first) > 1)}"
+    lines = [f"| variant ({size}) | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name, trainings in results.items():
+        cells = [cell(per_picture(trainings, key), per_picture(first, key), trainings is first) for key in COLUMNS.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def cell(values: Sequence[bool], reference: Sequence[bool] | None) -> str:
-    """A share, with its interval or with its difference to another's and the interval of that."""
-    if reference is None:
+def per_picture(trainings: Sequence[Verdicts], key: str) -> np.ndarray:
+    """Share of a variant's trainings in which each picture is right, (N,)."""
+    return np.mean([verdicts[key] for verdicts in trainings], 0)
+
+
+def cell(values: np.ndarray, first: np.ndarray, is_first: bool) -> str:
+    """A share with its interval, or with its difference to the first line's and the interval of that."""
+    if is_first:
         low, high = interval(values)
-        return f"{np.mean(values):.2f} ({low:.2f} to {high:.2f})"
-    low, high = interval([float(a) - float(b) for a, b in zip(values, reference, strict=True)])
-    return f"{np.mean(values):.2f} ({low:+.2f} to {high:+.2f})"
+        return f"{values.mean():.2f} ({low:.2f} to {high:.2f})"
+    low, high = interval(values - first)
+    return f"{values.mean():.2f}; {(values - first).mean():+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def main() -> None:
@@ -182,21 +192,71 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
+    try:
+        compare(arguments)
+    except P2PSubjectError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Train and measure all variants, seed by seed, so that a run cut short has compared them; prints the table of each."""
+    cache = Cache(arguments.scenes)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    cache, results = Cache(arguments.scenes), {}
-    # Seed by seed, so that a run cut short has compared all variants.
-    for seed in range(arguments.seeds):
-        for name in arguments.variants:
-            for key, values in trained(arguments, cache, name, seed).items():
-                results.setdefault(name, {}).setdefault(key, []).extend(values)
-        report = {"environment": environment(None), "settings": vars(arguments), "verdicts": results}
-        atomic_write(arguments.out / "ablation.json", json.dumps(report, indent=1, default=str))
-        print(table(results), flush=True)
+    cases = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
+    for case in cases:
+        require_settings(arguments, cache, *case)
+    results: dict[str, list[Verdicts]] = {name: [] for name in arguments.variants}
+    for name, seed in cases:
+        results[name].append(trained(arguments, cache, name, seed))
+        if name == arguments.variants[-1]:
+            report = {"environment": environment(None), "settings": vars(arguments), "verdicts": results}
+            atomic_write(arguments.out / "ablation.json", json.dumps(report, indent=1, default=str))
+            print(table(results), flush=True)
+
+
+def sources_of(arguments: argparse.Namespace, name: str) -> list[Path]:
+    """What a variant begins with."""
+    one = arguments.stage_one if VARIANTS[name][0] else untrained(arguments.out)
+    return [arguments.base or miniature_folder(), one]
+
+
+def folder_of(arguments: argparse.Namespace, name: str, seed: int) -> Path:
+    """Where a training of a variant is kept."""
+    return arguments.out / f"{name.replace(' ', '_')}_seed{seed}"
+
+
+def require_settings(arguments: argparse.Namespace, cache: Cache, name: str, seed: int) -> None:
+    """Note down what a training is of before it begins; raises `ArgumentError` where its folder is of other settings."""
+    names = ("steps", "batch", "learning_rate", "processes", "count", "sampling_steps", "guidance")
+    stated = {name: getattr(arguments, name) for name in names} | {"scenes": cache.count}
+    stated |= {f"start {at}": identity(source) for at, source in enumerate(sources_of(arguments, name))}
+    path = folder_of(arguments, name, seed) / "ablation.json"
+    known = json.loads(path.read_text()) if path.exists() else stated
+    changed = [key for key in stated if known.get(key) != stated[key]]
+    if changed:
+        told = "; ".join(f"{key} {known.get(key)}, now {stated[key]}" for key in changed)
+        raise ArgumentError(f"{path.parent} is of other settings ({told}); go on with those, or give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(stated, indent=2))
+
+
+def identity(source: Path) -> str:
+    """Digest of the weights that a training begins with."""
+    files = [source] if source.is_file() else sorted(source.glob("*/*.safetensors"))
+    if not files:
+        raise ArgumentError(f"{source} holds no weights; expected the ema.safetensors of a run, or a model folder")
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def trained(arguments: argparse.Namespace, cache: Cache, name: str, seed: int) -> Verdicts:
     """Train a variant and measure it, or take what an earlier call has measured."""
-    folder = arguments.out / f"{name.replace(' ', '_')}_seed{seed}"
+    folder = folder_of(arguments, name, seed)
+    path = folder / "figures.json"
+    if path.exists():
+        return json.loads(path.read_text())
     config = RunConfig(
         folder,
         arguments.steps,
@@ -208,24 +268,14 @@ def trained(arguments: argparse.Namespace, cache: Cache, name: str, seed: int) -
         processes=arguments.processes,
         checkpoint_every=100,
     )
-    with_stage_one, learning = VARIANTS[name]
-    sources = [arguments.base or miniature_folder(), arguments.stage_one if with_stage_one else untrained(arguments.out)]
-    own = {"count": arguments.count, "sampling_steps": arguments.sampling_steps, "guidance": arguments.guidance}
-    own |= {"sources": [str(source) for source in sources], "batch": arguments.batch}
-    own |= {"steps": config.steps, "rate": config.learning_rate}
-    path = folder / "figures.json"
-    done = json.loads(path.read_text()) if path.exists() else None
-    if done is not None and done["settings"] != own:
-        raise SystemExit(f"{folder} holds figures of other settings, {done['settings']}; give another --out")
-    if done is None:
-        build = builder(learning, sources)
-        train(config, build, cache.batches(arguments.batch, seed), learning=dataclasses.asdict(learning), sources=sources)
-        trainer = build().eval()
-        trainer.load_state_dict(load_file(folder / "ema.safetensors"))
-        verdicts = measure(trainer, arguments.count, arguments.sampling_steps, arguments.guidance, folder)
-        done = {"settings": own, "verdicts": verdicts}
-        atomic_write(path, json.dumps(done))
-    return done["verdicts"]
+    learning, sources = VARIANTS[name][1], sources_of(arguments, name)
+    build = builder(learning, sources)
+    train(config, build, cache.batches(arguments.batch, seed), learning=dataclasses.asdict(learning), sources=sources)
+    trainer = build().eval()
+    trainer.load_state_dict(load_file(folder / "ema.safetensors"))
+    verdicts = measure(trainer, arguments.count, arguments.sampling_steps, arguments.guidance, folder)
+    atomic_write(path, json.dumps(verdicts))
+    return verdicts
 
 
 if __name__ == "__main__":

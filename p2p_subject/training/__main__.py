@@ -137,7 +137,7 @@ def _learning_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--attention-weight", type=float, default=0.0, help="weight of the coverage term (default 0)")
     own.add_argument("--freeze-text-encoder", action="store_true", help="ablation: the text encoder stays as it is")
     own.add_argument("--no-category-text", action="store_true", help="ablation: the Q-Former does not read the category")
-    about = "no subjects at all: an image generator, to compare trainings on (batches and losses are those of the stage)"
+    about = "no subjects at all: an image generator, such as the ablations begin with"
     own.add_argument("--captions-only", action="store_true", help=about)
     own.add_argument("--no-subject-drop", action="store_true", help="ablation: every caption has its subject")
     own.add_argument("--checkpointing", action="store_true", help="less memory for activations, a third more time")

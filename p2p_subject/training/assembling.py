@@ -8,8 +8,9 @@ from typing import TypeVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 
 from p2p_subject.blip_diffusion import (
     Blip2QFormerConfig,
@@ -29,7 +30,9 @@ from p2p_subject.training.multimodal import start_from_bert
 
 Clip = TypeVar("Clip", bound=PreTrainedModel)
 _STABLE_DIFFUSION = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-_SAME = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps")
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads")
+_OF_CLIP = (*_SIZES, "image_size", "patch_size", "hidden_act", "layer_norm_eps")
+_OF_BERT = (*_SIZES, "num_hidden_layers", "max_position_embeddings")
 
 
 def assemble(
@@ -45,44 +48,72 @@ def assemble(
 
     `stable_diffusion` is the folder or hub name of a Stable Diffusion with one text encoder; `image_encoder` the folder of a
     CLIP or of its image encoder, whose last `left_out` layers are not run (BLIP-2, section 3.4: features of the second last do
-    slightly better); `bert` the folder of a BERT with `vocab.txt`, which gives the Q-Former its sizes. The subject takes
-    `queries` tokens of the prompt. `variant` is that of Stable Diffusion's files, such as "fp16".
+    slightly better); `bert` the folder of a BERT with `vocab.txt`, which gives the Q-Former its sizes and first weights. Every
+    layer of the Q-Former reads the picture, as in the public checkpoint. The subject takes `queries` tokens of the prompt.
+    `variant` is that of Stable Diffusion's files, such as "fp16".
 
     Raises `ModelError` for parts that are missing, damaged or do not fit, `ArgumentError` for impossible numbers.
     """
+    if queries < 1:
+        raise ArgumentError(f"queries={queries}; expected 1 or more, in the paper 16")
+    for name, folder in (("image_encoder", image_encoder), ("bert", bert)):
+        if not Path(folder).is_dir():
+            raise ModelError(f"{name}={str(folder)!r} is no folder; download the model and give the folder it is in")
+    # The small files come first: what does not fit is told before gigabytes are read.
+    require_safetensors(bert, "model")
+    pieces = load_word_pieces(bert)
+    reader, vision = _qformer_config(bert, len(pieces)), _vision_config(image_encoder, left_out)
     folder, options = model_folder(stable_diffusion, list(_STABLE_DIFFUSION), variant), LoadOptions(variant=variant)
     if (folder / "text_encoder_2").is_dir():
         raise ModelError(f"{folder} has two text encoders, as Stable Diffusion XL; BLIP-Diffusion's subject goes through one")
-    if queries < 1:
-        raise ArgumentError(f"queries={queries}; expected 1 or more, in the paper 16")
-    pieces = load_word_pieces(bert)
-    # The cheap parts come first: what does not fit is told before gigabytes are read.
-    qformer_config, clip = _qformer_config(bert, len(pieces)), _load_clip(CLIPVisionModel, image_encoder)
-    vision = _vision_config(clip, left_out)
-    parts = {name: load_component(name, folder, options) for name in _STABLE_DIFFUSION if name != "text_encoder"}
-    parts["text_encoder"] = _text_encoder(folder / "text_encoder", variant)
-    width = parts["text_encoder"].config.hidden_size
+    text = ContextCLIPTextConfig.from_dict(read_json(folder / "text_encoder" / "config.json"))
+    # The start token, what stands before the subject, and the end token share the prompt with it.
+    if queries > text.max_position_embeddings - 3:
+        raise ArgumentError(f"queries={queries}; a prompt of {text.max_position_embeddings} tokens has room for 3 fewer")
     config = Blip2QFormerConfig(
         vision_config=vision,
-        qformer_config=qformer_config,
+        qformer_config=reader,
         num_query_tokens=queries,
-        projection_size=None if width == qformer_config.hidden_size else width,
+        projection_size=None if text.hidden_size == reader.hidden_size else text.hidden_size,
     )
     qformer = Blip2QFormerModel(config)
-    qformer.visual_encoder.load_state_dict(encoder_weights(clip, vision.num_hidden_layers))
     start_from_bert(qformer, bert)
+    clip = _load_clip(CLIPVisionModel, image_encoder)
+    qformer.visual_encoder.load_state_dict(encoder_weights(clip, vision.num_hidden_layers))
     return BlipDiffusionPipeline(
-        **parts, qformer=qformer.eval(), image_processor=BlipImageProcessor(size=vision.image_size), qformer_tokenizer=pieces
+        **{name: load_component(name, folder, options) for name in _STABLE_DIFFUSION if name != "text_encoder"},
+        text_encoder=_text_encoder(folder / "text_encoder", variant),
+        qformer=qformer.eval(),
+        image_processor=BlipImageProcessor(size=vision.image_size, **_normalisation(image_encoder)),
+        qformer_tokenizer=pieces,
     )
 
 
 def _qformer_config(bert: Path, words: int) -> QFormerConfig:
     told = read_json(bert / "config.json")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-    missing = [name for name in sizes if name not in told]
+    missing = [name for name in _OF_BERT if name not in told]
     if missing:
         raise ModelError(f"{bert / 'config.json'} has no {', '.join(missing)}; expected the configuration of a BERT")
-    return QFormerConfig(vocab_size=words, **{name: told[name] for name in sizes})
+    return QFormerConfig(vocab_size=words, cross_attention_frequency=1, **{name: told[name] for name in _OF_BERT})
+
+
+def _vision_config(folder: Path, left_out: int) -> VisionConfig:
+    require_safetensors(folder, "model")
+    told = read_json(folder / "config.json")
+    # Of a whole CLIP, or of its image encoder alone; files leave out what is transformers' default.
+    config = CLIPVisionConfig(**told.get("vision_config", told))
+    if told.get("model_type") not in ("clip", "clip_vision_model"):
+        raise ModelError(f"{folder} holds a {told.get('model_type')!r}; expected a CLIP or the image encoder of one")
+    layers = config.num_hidden_layers
+    if not 0 <= left_out < layers:
+        raise ArgumentError(f"left_out={left_out}; expected 0 to {layers - 1} of the image encoder's {layers} layers")
+    return VisionConfig(num_hidden_layers=layers - left_out, **{name: getattr(config, name) for name in _OF_CLIP})
+
+
+def _normalisation(folder: Path) -> dict[str, list[float]]:
+    path = folder / "preprocessor_config.json"
+    told = read_json(path) if path.is_file() else {}
+    return {name: told[name] for name in ("image_mean", "image_std") if name in told}
 
 
 def _load_clip(kind: type[Clip], folder: Path, variant: str | None = None) -> Clip:
@@ -94,7 +125,7 @@ def _load_clip(kind: type[Clip], folder: Path, variant: str | None = None) -> Cl
         clip, report = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
         )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder} holds no {kind.__name__}: {error}") from error
     finally:
         transformers.logging.set_verbosity(level)
@@ -108,32 +139,29 @@ def _text_encoder(folder: Path, variant: str | None) -> ContextCLIPTextModel:
     clip = _load_clip(CLIPTextModel, folder, variant)
     encoder = ContextCLIPTextModel(ContextCLIPTextConfig.from_dict(read_json(folder / "config.json")))
     given = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in clip.state_dict().items()}
-    own = encoder.state_dict()  # with a counter of positions, which newer releases do not have
-    encoder.load_state_dict(own | {name: value for name, value in given.items() if name in own})
+    # A counter of positions, which some releases write and others do not.
+    counter = "text_model.embeddings.position_ids"
+    encoder.load_state_dict(given | {counter: encoder.state_dict()[counter]})
     return encoder.eval()
-
-
-def _vision_config(clip: CLIPVisionModel, left_out: int) -> VisionConfig:
-    layers = clip.config.num_hidden_layers
-    if not 0 <= left_out < layers:
-        raise ArgumentError(f"left_out={left_out}; expected 0 to {layers - 1} of the image encoder's {layers} layers")
-    return VisionConfig(num_hidden_layers=layers - left_out, **{name: getattr(clip.config, name) for name in _SAME})
 
 
 def encoder_weights(clip: CLIPVisionModel, layers: int) -> dict[str, Tensor]:
     """Weights of CLIP's image encoder under the names of `Blip2VisionModel`, of its first `layers` layers.
 
-    Queries, keys and values lie in one matrix there, one after another.
+    Queries, keys and values lie in one matrix there, one after another. The last norm is without scale and shift: CLIP's are
+    those of its last layer's class token, and what they could learn the keys and values behind them can.
     """
     given = {name.removeprefix("vision_model."): value for name, value in clip.state_dict().items()}
+    token = given["embeddings.class_embedding"]
     kept = {
-        "embeddings.class_embedding": given["embeddings.class_embedding"][None, None],
+        "embeddings.class_embedding": token[None, None],
         "embeddings.patch_embedding.weight": given["embeddings.patch_embedding.weight"],
         "embeddings.position_embedding": given["embeddings.position_embedding.weight"][None],
+        "post_layernorm.weight": torch.ones_like(token),
+        "post_layernorm.bias": torch.zeros_like(token),
     }
     for kind in ("weight", "bias"):
         kept[f"pre_layernorm.{kind}"] = given[f"pre_layrnorm.{kind}"]
-        kept[f"post_layernorm.{kind}"] = given[f"post_layernorm.{kind}"]
         for layer in (f"encoder.layers.{index}" for index in range(layers)):
             attention = f"{layer}.self_attn"
             kept[f"{attention}.qkv.{kind}"] = torch.cat([given[f"{attention}.{part}_proj.{kind}"] for part in "qkv"])

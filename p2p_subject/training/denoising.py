@@ -47,11 +47,11 @@ class Denoising(nn.Module):
         (B, 1, h, w) or None, multiplies the loss of each place.
         """
         t = self.timesteps(len(latents))
-        alpha = self.alphas[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
         noisy = self.scheduler.add_noise(latents, noise, t)
         error = (predict(noisy, t).float() - target(self.scheduler, latents, noise, t)).square()
         if self.max_snr is not None:
+            alpha = self.alphas[t].view(-1, 1, 1, 1)
             error = error * self._weight(alpha / (1 - alpha))
         return (error if emphasis is None else error * emphasis).mean()
 

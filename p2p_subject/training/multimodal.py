@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
+from p2p_subject.blip_diffusion.weights import read_tensors, require_safetensors
 from p2p_subject.errors import ModelError
 from p2p_subject.training.loop import Batch, Evaluate
 from p2p_subject.training.pictures import CaptionedPictures
@@ -243,10 +244,10 @@ def start_from_bert(qformer: Blip2QFormerModel, folder: Path) -> None:
     """Begin a Q-Former with the weights of a BERT, as BLIP-2 does; cross-attention and queries, which it lacks, stay.
 
     Text and queries begin with the same feed-forward parts. Word pieces beyond BERT's, such as "[DEC]", stay as they are.
-    Raises `ModelError` for a BERT of other sizes.
+    Raises `ModelError` for a BERT of other sizes, and for files that are missing or damaged.
     """
     saved = {}
-    for name, value in load_file(folder / "model.safetensors").items():
+    for name, value in read_tensors(require_safetensors(folder, "model")).items():
         # The public files are as old as the names that these once had.
         renamed = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         saved[renamed.removeprefix("bert.")] = value

@@ -46,6 +46,11 @@ class Shares:
     caption_only: float = 0.2
     neither: float = 0.1
 
+    @property
+    def no_subject(self) -> bool:
+        """Whether no row has its subject."""
+        return self.caption_only + self.neither >= 1
+
     def split(self, count: int) -> list[int]:
         """Rows with subject, caption only, and neither; fractions of a row are drawn from torch's generator."""
         # One number for both edges, so that no row is counted twice however few there are.
@@ -112,7 +117,8 @@ class SubjectTrainer(nn.Module):
         if learning.auxiliary_weight:
             width = qformer.config.num_query_tokens * qformer.config.output_size
             self.heads = nn.Linear(width, len(world.CATEGORIES) + len(world.SOURCES) + 3)
-        qformer.visual_encoder.requires_grad_(learning.train_image_encoder)
+        qformer.requires_grad_(not learning.shares.no_subject)
+        qformer.visual_encoder.requires_grad_(learning.train_image_encoder and not learning.shares.no_subject)
         text_encoder.requires_grad_(learning.train_text_encoder)
         if vae is not None:
             vae.requires_grad_(False).eval()
@@ -140,12 +146,15 @@ class SubjectTrainer(nn.Module):
     def contexts(self, ids: Tensor, subject: Tensor, split: list[int], position: Tensor | int) -> Tensor:
         """Encode the three kinds of rows: with subject, caption only, neither; (B, L, D)."""
         with_subject, caption_only, neither = ids.split(split)
-        first = self.text_encoder(with_subject, subject, position)
+        first = [] if self.learning.shares.no_subject else [self.text_encoder(with_subject, subject, position)]
         longer = torch.cat([caption_only, self.empty[ids.shape[1] :].expand(len(caption_only), -1)], dim=1)
-        return torch.cat([first, self.text_encoder(torch.cat([longer, self.empty.expand(len(neither), -1)]))])
+        return torch.cat([*first, self.text_encoder(torch.cat([longer, self.empty.expand(len(neither), -1)]))])
 
     def subjects(self, references: Tensor, category_ids: Tensor, category_mask: Tensor) -> Tensor:
         """Embeddings (B, Nq, D) of normalised pictures (B, 3, S, S) and word pieces (B, T) of their categories."""
+        if self.learning.shares.no_subject:
+            # Some fused kernels refuse a call without rows.
+            return self.qformer.query_tokens[:0]
         if self.learning.category_text:
             return self.qformer(references, category_ids, category_mask)
         hidden = self.qformer.encode(self.qformer.visual_encoder(references))

@@ -109,17 +109,17 @@ def _multimodal(arguments: Namespace) -> None:
 def learning_of(arguments: Namespace) -> SubjectLearning:
     """What of stage two is done how, as the arguments say: the miniature's recipe for its scenes, the paper's for pictures."""
     recipe = miniature.LEARNING if arguments.data is None else SubjectLearning()
-    if arguments.captions_only:
-        if arguments.no_subject_drop:
-            raise ArgumentError("--captions-only and --no-subject-drop say the opposite of each other; give one")
-        neither = recipe.shares.neither
-        return dataclasses.replace(recipe, shares=Shares(1 - neither, neither), auxiliary_weight=0.0)
+    drop, none = arguments.no_subject_drop, arguments.captions_only
+    if none and (drop or arguments.attention_weight or arguments.no_category_text):
+        raise ArgumentError("--captions-only trains without subjects; leave out the options that are about them")
+    neither = recipe.shares.neither
     return dataclasses.replace(
         recipe,
         attention_weight=arguments.attention_weight,
+        auxiliary_weight=0.0 if none else recipe.auxiliary_weight,
         train_text_encoder=not arguments.freeze_text_encoder,
         category_text=not arguments.no_category_text,
-        shares=Shares(0.0, recipe.shares.neither) if arguments.no_subject_drop else recipe.shares,
+        shares=Shares(0.0, neither) if drop else Shares(1 - neither, neither) if none else recipe.shares,
         checkpointing=arguments.checkpointing,
     )
 
