@@ -1,8 +1,9 @@
 """Measures of pictures, masks and features. Pure functions: uint8 pictures (H, W, 3), bool masks (H, W), float vectors.
 
-What scikit-image or torchmetrics has is theirs. A region is a mask whose pixels count; errors are averaged over them, so no
-figure depends on the region's area. The `published_` ones of PIE-Bench (Ju et al. 2024) do: they black out the region of the
-edit in both pictures and average over the whole frame.
+What scikit-image or torchmetrics has is theirs. A region is a mask whose pixels count; errors are averaged over them, so `mse`
+and `psnr` do not depend on its area (`ssim` does a little: windows at its edge see the same black in both pictures). The
+`published_` ones of PIE-Bench (Ju et al. 2024) do: they black out the region of the edit in both pictures and average over the
+whole frame.
 """
 
 from __future__ import annotations
@@ -123,9 +124,13 @@ def exactness(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
     return float((a == b).all(-1)[mask].mean())
 
 
-def nearer(picture: np.ndarray, wanted: np.ndarray, other: np.ndarray, mask: np.ndarray) -> bool:
-    """Whether a picture is nearer to `wanted` than to `other`, in squared error over the pixels of `mask`."""
-    return mse(picture, wanted, mask) < mse(picture, other, mask)
+def remaining(picture: np.ndarray, wanted: np.ndarray, before: np.ndarray, mask: np.ndarray) -> float:
+    """Squared error to `wanted` as a share of that of `before`, over the pixels of `mask`; 0 (reached) up, 1 as before.
+
+    Infinite where `before` is `wanted` and the picture is not; 0 where all three are alike. Raises `ValueError` as `mse` does.
+    """
+    left, first = mse(picture, wanted, mask), mse(before, wanted, mask)
+    return left / first if first else math.inf if left else 0.0
 
 
 def without(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -10,6 +10,8 @@ from benchmarks.statistics import Mean, mean, paired
 from benchmarks.suite import Measure, Suite
 
 ALL = "all kinds"
+FEWEST = 5
+"""Cases from which on a difference is called one."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,9 @@ def _digits(size: float) -> int:
 
 
 def standing(difference: Mean | None, measure: Measure) -> str:
-    """Whether a difference is ahead ("+"), behind ("-"), or its interval holds zero ("="); nothing where no way is better."""
-    if difference is None or measure.higher is None:
+    """Whether a difference is ahead ("+"), behind ("-"), or its interval holds zero ("="); nothing where no way is better, or
+    where there are fewer than `FEWEST` cases, whose bootstrap says little."""
+    if difference is None or measure.higher is None or difference.count < FEWEST:
         return ""
     if difference.low <= 0 <= difference.high:
         return "="

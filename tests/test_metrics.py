@@ -114,7 +114,11 @@ def test_changed_pixels_and_nearness() -> None:
     assert metrics.changed(a, b).sum() == 1 and metrics.changed(a, b)[2, 3]
     assert metrics.changed(a, b, levels=24).sum() == 2
     region = square(0, 8)
-    assert metrics.nearer(flat(90), flat(100), flat(0), region) and not metrics.nearer(flat(10), flat(100), flat(0), region)
+    assert metrics.remaining(flat(100), flat(100), flat(0), region) == 0
+    assert 0 < metrics.remaining(flat(90), flat(100), flat(0), region) < 0.02
+    assert metrics.remaining(flat(0), flat(100), flat(0), region) == 1
+    assert metrics.remaining(flat(50), flat(100), flat(0), region) == pytest.approx(0.25, abs=0.01)
+    assert metrics.remaining(flat(1), flat(0), flat(0), region) == np.inf and metrics.remaining(*[flat(0)] * 3, region) == 0
     assert metrics.exactness(a, b, region) == pytest.approx(62 / 64)
     assert metrics.capped(math.inf) == metrics.capped(120.0) == 100 and metrics.capped(30.0) == 30
 

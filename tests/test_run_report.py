@@ -26,6 +26,7 @@ from benchmarks.run_folder import RunError, RunFolder, file_name, read_rows, rea
 from benchmarks.suite import Case, Edited, Options
 from benchmarks.worker import Settings, finite
 from benchmarks.world_suite import WorldSuite
+from p2p_subject.controller import steps_of
 from p2p_subject.errors import ArgumentError, ModelError
 from tests.tiny_pipelines import stable_diffusion_1
 
@@ -100,6 +101,10 @@ def test_ancestors_edit_with_published_settings() -> None:
     assert (lavis.self_resolution, lavis.alignment) == (16, "refine") and lavis.subject.category == swap.category
     friendly = METHODS["edit-friendly+p2p"]
     assert friendly.spec(replace(words, suite="pie"), True).alignment == "replace"
+    # 20 and 30 of 50 steps, counted from the first after the 12 that are left out.
+    spec = friendly.spec(words, True)
+    for window, count in ((spec.cross_replace, 20), (spec.self_replace, 30)):
+        assert list(steps_of(window, 50))[12:] == list(range(12, 12 + count))
     assert friendly.spec(swap, True).blend is None and friendly.skip == 0.24 and friendly.options == {"guidance_scale": 1.0}
     assert not any(method.paste for name, method in METHODS.items() if isinstance(method, Method) and "ours" not in name)
 

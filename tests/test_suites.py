@@ -84,7 +84,11 @@ def test_the_true_answer_measures_as_perfect_and_the_source_does_not(kind: str) 
         case = suite.case(id)
         values = suite.measure(case, answered(case), mask_input=True)
         assert values["mask_iou"] == values["boundary_f"] == values["changed_iou"] == 1
-        assert values["truth_psnr"] == metrics.CEILING and values["truth_ssim"] == pytest.approx(1)
+        if kind in ("replace", "background"):
+            assert "truth_psnr" not in values and "truth_ssim" not in values
+        else:
+            assert values["truth_psnr"] == metrics.CEILING and values["truth_ssim"] == pytest.approx(1)
+        assert values["outside_psnr"] == values["unpasted_psnr"] == metrics.CEILING and values["exact_outside_truth"] == 1
         untouched = suite.measure(case, Edited(case.source), mask_input=True)
         assert untouched["outside_psnr"] == metrics.CEILING and untouched["exact_outside_truth"] == 1
         assert untouched["changed_iou"] < 0.2 and "mask_iou" not in untouched
@@ -92,6 +96,31 @@ def test_the_true_answer_measures_as_perfect_and_the_source_does_not(kind: str) 
         wrong.append(untouched["success"])
     # The judge itself is right in .98 of real scenes.
     assert np.mean(right) >= 0.9 and np.mean(wrong) <= 0.1
+
+
+def test_an_object_is_not_removed_by_another_or_by_paint() -> None:
+    suite = WorldSuite(Options(count=30))
+    others, painted = [], []
+    for id in suite.ids()["remove"]:
+        case = suite.case(id)
+        number = int(id.split("-")[1])
+        spec = world.sample("test", 10_000 * suite.kinds.index("remove") + number)
+        look = world.sample_look("test", np.random.default_rng(number))
+        other = world.draw(spec.with_look(look)).picture
+        flat = np.asarray(case.truth).copy()
+        flat[case.mask] = 128
+        for picture, found in ((other, others), (Image.fromarray(flat), painted)):
+            found.append(suite.measure(case, Edited(picture), mask_input=True)["success"])
+    assert np.mean(others) < 0.2 and np.mean(painted) < 0.35
+
+
+def test_an_added_object_is_measured_by_what_else_changed() -> None:
+    suite = WorldSuite(Options())
+    case = suite.case("add-0002")
+    mask = Image.fromarray(case.mask.astype(np.uint8) * 255)
+    inside = suite.measure(case, Edited(case.truth, mask, reach=3.0), False)
+    everywhere = suite.measure(case, Edited(suite.case("add-0003").truth), False)
+    assert inside["own_outside_psnr"] > 40 > 25 > everywhere["own_outside_psnr"] and "outside_psnr" not in everywhere
 
 
 def test_an_object_without_a_place_is_measured_only_where_the_place_was_told() -> None:
@@ -116,7 +145,7 @@ def test_pixels_outside_a_methods_own_mask_are_compared_bit_for_bit() -> None:
     spread[np.roll(near, 2, 0) & ~near] ^= 1
     edges = [suite.measure(case, Edited(Image.fromarray(spread), mask, reach=reach), False) for reach in (0.0, 2.0)]
     assert edges[0]["exact_outside_mask"] < 1 == edges[1]["exact_outside_mask"]
-    unpasted = suite.measure(case, Edited(case.source, mask, unpasted=lambda: case.truth), False)
+    unpasted = suite.measure(case, Edited(case.source, mask, unpasted=lambda: suite.case("recolour-0002").truth), False)
     assert unpasted["outside_psnr"] == metrics.CEILING > unpasted["unpasted_psnr"]
 
 
