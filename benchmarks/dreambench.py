@@ -85,9 +85,9 @@ class DreamBench(Suite):
     headline = ("dino", "clip_i", "clip_t", "rows", "seconds")
     pooled = True
     measures = (
-        Measure("dino", "DINO", about="cosine with the real pictures of the subject"),
-        Measure("clip_i", "CLIP-I", about="cosine with the real pictures of the subject"),
-        Measure("clip_t", "CLIP-T", about="cosine with the prompt"),
+        Measure("dino", "DINO", failed=0.0, about="cosine with the real pictures of the subject"),
+        Measure("clip_i", "CLIP-I", failed=0.0, about="cosine with the real pictures of the subject"),
+        Measure("clip_t", "CLIP-T", failed=0.0, about="cosine with the prompt"),
         *COSTS,
     )
 
@@ -100,10 +100,22 @@ class DreamBench(Suite):
     def all_ids(self) -> Mapping[str, Sequence[str]]:
         found: dict[str, list[str]] = {kind: [] for kind in self.kinds}
         for subject in self.subjects.classes:
-            kind = self.subjects.kind(subject)
-            prompts = range(len(self.subjects.prompts[kind]))
-            found[kind] += [f"{subject}-{prompt:02d}-{picture}" for prompt in prompts for picture in range(PICTURES)]
-        return found
+            found[self.subjects.kind(subject)].append(subject)
+        # The subjects in turn, so that the first cases are of all of them.
+        return {
+            kind: [
+                f"{subject}-{prompt:02d}-{picture}"
+                for picture in range(PICTURES)
+                for prompt in range(len(self.subjects.prompts[kind]))
+                for subject in own
+            ]
+            for kind, own in found.items()
+        }
+
+    @staticmethod
+    def group(id: str) -> str:
+        """The subject: intervals are over subjects, whose cases are alike."""
+        return _parts(id)[0]
 
     def case(self, id: str) -> Case:
         subject, prompt, picture = _parts(id)
@@ -136,7 +148,7 @@ class DreamBench(Suite):
         return self._known[case.facts]
 
     def record(self) -> dict[str, Any]:
-        return {"list": list_digest(self.subjects), "seed": self.options.seed, **self.networks.names}
+        return {"list": list_digest(self.subjects), "seed": self.options.seed, **self.networks.record()}
 
 
 def real_features(networks: features.Networks, pictures: Sequence[Image.Image]) -> dict[str, list[np.ndarray]]:

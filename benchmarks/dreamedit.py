@@ -45,10 +45,10 @@ class DreamEditBench(Suite):
     axes = Axes("dino_subject", "dino_background")
     headline = ("dino_subject", "dino_background", "clip_i_subject", "clip_i_background", "rows", "seconds")
     measures = (
-        Measure("dino_subject", "DINO subject", about="cosine with the real pictures of the subject"),
-        Measure("dino_background", "DINO background", about="cosine with the source"),
-        Measure("clip_i_subject", "CLIP-I subject", about="cosine with the real pictures of the subject"),
-        Measure("clip_i_background", "CLIP-I background", about="cosine with the source"),
+        Measure("dino_subject", "DINO subject", failed=0.0, about="cosine with the real pictures of the subject"),
+        Measure("dino_background", "DINO background", failed=0.0, about="cosine with the source"),
+        Measure("clip_i_subject", "CLIP-I subject", failed=0.0, about="cosine with the real pictures of the subject"),
+        Measure("clip_i_background", "CLIP-I background", failed=0.0, about="cosine with the source"),
         *COSTS,
     )
 
@@ -69,7 +69,12 @@ class DreamEditBench(Suite):
         return [self.folder / SHARED.get(subject, subject) / f"found{number}.jpg" for number in range(FOUND)]
 
     def all_ids(self) -> Mapping[str, Sequence[str]]:
-        return {"swap": [f"{subject}-{number}" for subject in self.subjects.classes for number in range(FOUND)]}
+        return {"swap": [f"{subject}-{number}" for number in range(FOUND) for subject in self.subjects.classes]}
+
+    @staticmethod
+    def group(id: str) -> str:
+        """The subject: intervals are over subjects, whose cases are alike."""
+        return id.rpartition("-")[0]
 
     def case(self, id: str) -> Case:
         subject, _, number = id.rpartition("-")
@@ -111,7 +116,7 @@ class DreamEditBench(Suite):
         return self._known[case.facts]
 
     def record(self) -> dict[str, Any]:
-        return {"list": dreambench.list_digest(self.subjects), "seed": self.options.seed, **self.networks.names}
+        return {"list": dreambench.list_digest(self.subjects), "seed": self.options.seed, **self.networks.record()}
 
 
 def squeezed(picture: Image.Image) -> Image.Image:

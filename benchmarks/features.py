@@ -6,6 +6,7 @@ alone, in one way on every machine: image processors of different releases resiz
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from functools import cached_property
 from pathlib import Path
@@ -174,6 +175,11 @@ class Networks:
         self.names = {"clip": clip, "dino": dino, "lpips": lpips}
         self.device = device
 
+    def record(self) -> dict[str, str | None]:
+        """Names, and of networks in local folders a short hash of their weights."""
+        folders = {kind: Path(name) for kind, name in self.names.items() if name is not None and Path(name).is_dir()}
+        return self.names | {f"{kind}_weights": weights_digest(folder) for kind, folder in folders.items()}
+
     def load(self) -> None:
         """Load all of them; `ModelError` for one that is not there."""
         _ = self.clip, self.dino, self.lpips
@@ -195,6 +201,14 @@ class Networks:
     def lpips(self) -> Lpips | None:
         """LPIPS."""
         return self._made(Lpips, self.names["lpips"])
+
+
+def weights_digest(folder: Path) -> str:
+    """Short hash of the safetensors of a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str | None]:

@@ -3,9 +3,10 @@
     python -m benchmarks.finetuning --subjects 6 --out runs/finetuning --processes 2
 
 Subjects are drawings that the model was not trained on (split "new_art"), each given by a few views. All methods see the same
-views in the same order, the same noise, timesteps, batch and optimiser, and are asked for the same pictures from the same
-seeds, which the independent judge sees. Learning rates are each method's own, chosen on other drawings than the reported ones
-(`--tune`). A run that was stopped goes on when its command is given again.
+views in the same order, the same noise, timesteps, batch and optimiser ("dreambooth prior" as many pictures of the category
+again), and are asked for the same pictures from the same seeds, which the independent judge sees. Learning rates: see
+`benchmarks.finetuning_methods`; `--tune` compares them, on other drawings than the reported ones. A run that was stopped goes
+on when its command is given again.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ def dreambooth(
     text: bool = False,
     prior: bool = False,
 ) -> Learner:
-    """A rare word before the category (Ruiz et al. 2023): the U-Net is trained, and if asked for the text encoder and the
-    category's own pictures ("prior preservation"), which is how it was published."""
+    """A rare word before the category (Ruiz et al. 2023): the U-Net is trained, and if asked for the text encoder, and the
+    category's own pictures beside the subject's with equal weight ("prior preservation", their section 3.3)."""
     unet, groups = _with_unet(model, lora, rate, rank, seed)
     encoder = model.pipeline.text_encoder
     if text:
@@ -126,6 +126,6 @@ METHODS: dict[str, tuple[Callable[..., Learner], dict[str, bool], float]] = {
 }
 """Methods by name: what builds the learner, its options, and its learning rate.
 
-Chosen on tuning drawing 1, in 80 steps: of 1e-3, 3e-3, 1e-2 for low-rank weights, of 1e-4, 3e-4, 1e-3 for all weights, of 1e-2,
-5e-2 for a new word. DreamBooth, which trains the same weights, takes the same rates; `--tune` compares others.
+Chosen for ours on tuning drawing 1, in 80 steps: of 1e-3, 3e-3, 1e-2 for low-rank weights, of 1e-4, 3e-4, 1e-3 for all weights;
+and of 1e-2, 5e-2 for a new word. DreamBooth takes those of ours, for its text encoder too; `--tune` compares others.
 """

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,24 @@ from typing import Any
 from benchmarks.methods import METHODS, Generation, Method, MethodFunction, Paste
 from benchmarks.suite import Case
 from p2p_subject.edits import Blend, EditSpec
-from p2p_subject.errors import ArgumentError, did_you_mean
+from p2p_subject.errors import ArgumentError, P2PSubjectError, did_you_mean
 
 
 def names_of(text: str) -> list[str]:
     """Split "ours,ours[steps=20,guidance_scale=4],package.module:function" at the commas outside brackets."""
-    return [name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip()]
+    return [name.strip() for name in _split(text) if name.strip()]
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas outside brackets."""
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def method_of(name: str, *, steps: int | None = None, guidance_scale: float | None = None) -> MethodFunction:
@@ -45,7 +56,21 @@ def method_of(name: str, *, steps: int | None = None, guidance_scale: float | No
         method = guided(method, guidance_scale)
     for key, value in _settings(name, changes).items():
         method = _changed(method, key, value, name)
+    _require_settings(method, name)
     return method
+
+
+def _require_settings(method: Method | Generation, name: str) -> None:
+    """Refuse values that every case would fail with."""
+    if not isinstance(method.steps, int) or method.steps < 1:
+        raise ArgumentError(f"method {name!r}: steps={method.steps!r}; expected a whole number of 1 or more")
+    if isinstance(method, Method):
+        try:
+            for edit in (method.edit, method.pie):
+                own = {key: value for key, value in edit.items() if key != "weight"}
+                EditSpec(prompt="a photo", blend=Blend(**(method.blend or {})), **own)
+        except (P2PSubjectError, TypeError) as error:
+            raise ArgumentError(f"method {name!r}: {error}") from error
 
 
 def guided(method: Method | Generation, scale: float) -> Method | Generation:
@@ -58,7 +83,7 @@ def guided(method: Method | Generation, scale: float) -> Method | Generation:
 def _settings(name: str, text: str) -> dict[str, Any]:
     if not text:
         return {}
-    pairs = [part.split("=", 1) for part in text.removesuffix("]").split(",")]
+    pairs = [part.split("=", 1) for part in _split(text.removesuffix("]"))]
     if not text.endswith("]") or any(len(pair) != 2 for pair in pairs):
         raise ArgumentError(f"method {name!r}; expected settings such as ours[steps=20,threshold=0.5]")
     return {key.strip(): _json(value.strip()) for key, value in pairs}

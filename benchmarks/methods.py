@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from benchmarks.suite import Case, Edited
-from inversion import reconstruct
+from inversion import Trajectory, reconstruct
 from p2p_subject.editor import Editor
 from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
 from p2p_subject.images import fit
@@ -108,7 +108,7 @@ class Method:
             result.mask,
             unpasted=(lambda: unpasted(editor, source, result)) if self.paste and result.mask is not None else None,
             reach=reach(editor, source, spec) if self.paste else 0.0,
-            trajectory=fingerprint(source.trajectory.latents),
+            trajectory=fingerprint(source.trajectory),
         )
 
 
@@ -133,9 +133,13 @@ def reconstructed(editor: Editor, source: Source) -> Source:
     return replace(source, trajectory=path)
 
 
-def fingerprint(latents: torch.Tensor) -> str:
-    """Short hash of a trajectory's latents, bit for bit: two machines that agree on it edited the same generation."""
-    return hashlib.sha256(latents.float().cpu().numpy().tobytes()).hexdigest()[:16]
+def fingerprint(trajectory: Trajectory) -> str:
+    """Short hash of all the tensors of a trajectory, bit for bit: two machines that agree on it edited the same generation."""
+    digest = hashlib.sha256()
+    for values in (trajectory.latents, trajectory.noises, trajectory.null_embeddings):
+        if values is not None:
+            digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class Generation:
             guidance_scale=self.guidance_scale,
         )
         image = made.image if case.size in (None, made.image.size) else made.image.resize(case.size, Image.Resampling.LANCZOS)
-        return Edited(image, trajectory=fingerprint(made.trajectory.latents))
+        return Edited(image, trajectory=fingerprint(made.trajectory))
 
 
 @dataclass(frozen=True)

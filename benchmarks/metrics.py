@@ -83,7 +83,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def boundary_f(a: np.ndarray, b: np.ndarray, tolerance: float | None = None) -> float:
-    """F-measure of two masks' outlines (Perazzi et al. 2016, section 4.1), 0 to 1; higher is closer, 1 when neither has one.
+    """F-measure of two masks' outlines (Perazzi et al. 2016, section 4.1), 0 to 1; higher is closer, 1 for equal masks.
 
     The harmonic mean of the shares of each outline that lies within `tolerance` pixels of the other; None is 0.8 % of the
     picture's diagonal, as published, rounded up. Raises `ValueError` for masks that do not fit.
@@ -92,7 +92,9 @@ def boundary_f(a: np.ndarray, b: np.ndarray, tolerance: float | None = None) -> 
 
     _require_masks(a, b)
     reach = math.ceil(0.008 * math.hypot(*a.shape)) if tolerance is None else tolerance
-    return outline_f(*(find_boundaries(mask, mode="inner") for mask in (a, b)), reach)
+    edges = [find_boundaries(mask, mode="inner") for mask in (a, b)]
+    # All and nothing have no outline either, and are no match.
+    return outline_f(*edges, reach) if any(edge.any() for edge in edges) else float(np.array_equal(a, b))
 
 
 def outline_f(a: np.ndarray, b: np.ndarray, reach: float) -> float:

@@ -87,14 +87,14 @@ class PieBench(Suite):
         Measure("published_lpips", "published LPIPS x 10^3", False, scale=1e3, about="of the background, SqueezeNet"),
         Measure("published_mse", "published MSE x 10^4", False, scale=1e4, about="as PSNR"),
         Measure("published_ssim", "published SSIM x 10^2", scale=100, about="of the background over the whole frame"),
-        Measure("clip_whole", "CLIP whole", about="score of picture and target prompt, ViT-L/14"),
-        Measure("published_clip_edited", "published CLIP edited", about="the same with all but the edited region black"),
+        Measure("clip_whole", "CLIP whole", failed=0.0, about="score of picture and target prompt, ViT-L/14"),
+        Measure("published_clip_edited", "published CLIP edited", failed=0.0, about="all but the edited region black"),
         Measure("structure", "structure x 10^3", False, scale=1e3, about="pixels in [0, 1]"),
         Measure("psnr", "PSNR", unit="dB", about="over the background's own area, as the next three"),
         Measure("lpips", "LPIPS x 10^3", False, scale=1e3),
         Measure("mse", "MSE x 10^4", False, scale=1e4),
         Measure("ssim", "SSIM x 10^2", scale=100),
-        Measure("clip_edited", "CLIP edited", about="of the edited region's box, nothing black"),
+        Measure("clip_edited", "CLIP edited", failed=0.0, about="of the edited region's box, nothing black"),
         Measure("mask_iou", "mask IoU", failed=0.0, about="with the annotated region"),
         *COSTS,
     )
@@ -203,7 +203,7 @@ class PieBench(Suite):
         }
 
     def record(self) -> dict[str, Any]:
-        return {"mapping": self.digest, "entries": len(self.entries), "seed": self.options.seed, **self.networks.names}
+        return {"mapping": self.digest, "entries": len(self.entries), "seed": self.options.seed, **self.networks.record()}
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:

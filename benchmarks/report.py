@@ -24,7 +24,10 @@ from p2p_subject.outputs import atomic_write, save_image
 
 SHOWN = 12
 """Cases of a kind whose pictures are on the page."""
-STAR = "\\* was given the true mask (`mask_input`); n is the number of cases with a value, failed cases counted as failed."
+STAR = (
+    "* was given the true mask (mask_input); n is the number of cases (in DreamBench and DreamEdit of subjects) with a value. "
+    "A failed case counts as 0 in shares, cosines and IoUs, and has no value in the rest; the last column says how many failed."
+)
 
 
 def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
@@ -50,7 +53,7 @@ def text(suite: type[Suite], facts: Sequence[str], found: Sequence[Section], bri
     """The whole report in Markdown; `brief` leaves out the measures that are not in the suite's headline."""
     told = [measure for measure in suite.measures if measure.about and (measure.name in suite.headline or not brief)]
     about = "\n".join(f"- {measure.title}: {measure.about}" for measure in told)
-    parts = [f"# Suite {suite.name}", "\n".join(f"- {line}" for line in facts), STAR, about]
+    parts = [f"# Suite {suite.name}", "\n".join(f"- {line}" for line in facts), STAR.replace("*", "\\*"), about]
     for section in found:
         parts.append(f"## {section.kind} ({section.cases} cases)")
         tables = section.tables[:-1] if brief else section.tables
@@ -82,7 +85,7 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
         if (cases := sheet(folder, suite, section, against)) is not None:
             save_image(cases, folder / "sheets" / f"{file_name(section.kind)}.png")
     atomic_write(folder / "report.md", made)
-    atomic_write(folder / "report.html", page(folder, suite, told, found, plots, against, shown))
+    atomic_write(folder / "report.html", page(folder, suite, told, found, plots, against, shown, STAR))
     return text(suite, told, found, brief=True) if brief else made
 
 

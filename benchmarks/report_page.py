@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.report_tables import Section, label, values_of, worst_first
+from benchmarks.report_tables import Section, grouped, label, values_of, worst_first
 from benchmarks.run_folder import Row
 from benchmarks.statistics import mean
 from benchmarks.suite import Measure, Suite
@@ -43,6 +43,7 @@ def page(
     plots: Mapping[str, bytes | None],
     against: str,
     shown: int,
+    star: str,
 ) -> str:
     """The whole page. Raises `ArgumentError` without jinja2."""
     try:
@@ -62,7 +63,7 @@ def page(
         for section in sections
     ]
     about = [(measure.title, measure.about) for measure in suite.measures if measure.about]
-    return template.render(suite=suite.name, facts=facts, sections=shown_sections, against=against, about=about)
+    return template.render(suite=suite.name, facts=facts, sections=shown_sections, against=against, about=about, star=star)
 
 
 def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
     drawn = 0
     for axes, across in zip(figure.subplots(1, 2), (preservation, cost)):
         for number, (name, own) in enumerate(section.rows.items()):
-            x, y = (mean(list(values_of(own, measure).values())) for measure in (across, fidelity))
+            x, y = (mean(list(grouped(values_of(own, measure), suite).values())) for measure in (across, fidelity))
             if x is None or y is None:
                 continue
             drawn += 1

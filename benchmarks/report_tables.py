@@ -42,6 +42,23 @@ def value_of(row: Row, measure: Measure) -> float | None:
     return measure.failed if "error" in row else row["metrics"].get(measure.name)
 
 
+def grouped(values: Mapping[str, float | None], suite: type[Suite]) -> dict[str, float | None]:
+    """Means of the values that there are in each of the suite's groups of cases; None for a group without any."""
+    found: dict[str, list[float]] = {}
+    for case, value in values.items():
+        found.setdefault(suite.group(case), []).extend([] if value is None else [value])
+    return {group: sum(own) / len(own) if own else None for group, own in found.items()}
+
+
+def shared(
+    ours: Mapping[str, float | None], theirs: Mapping[str, float | None], suite: type[Suite]
+) -> list[dict[str, float | None]]:
+    """Values of two methods by group, over the cases of which both have one."""
+    cases = sorted(ours.keys() | theirs.keys())
+    both = {case for case in cases if ours.get(case) is not None and theirs.get(case) is not None}
+    return [grouped({case: own[case] if case in both else None for case in cases}, suite) for own in (ours, theirs)]
+
+
 def values_of(rows: Mapping[str, Row], measure: Measure) -> dict[str, float | None]:
     """The values of a method by case. A failure counts only in what the method has values of: it may make no masks at all."""
     worked = [row for row in rows.values() if "error" not in row]
@@ -70,29 +87,31 @@ def tables(rows: Mapping[str, Mapping[str, Row]], suite: type[Suite], against: s
     known = {measure.name: measure for measure in suite.measures}
     first = [known[name] for name in suite.headline]
     rest = [measure for measure in suite.measures if measure not in first]
-    made = [_means("mean (95 % interval; n)", rows, first)]
+    made = [_means("mean (95 % interval; n)", rows, first, suite)]
     if against in rows and len(rows) > 1:
-        made.append(_differences(rows, first, against))
-    return [*made, _means("the other measures", rows, rest)]
+        made.append(_differences(rows, first, against, suite))
+    return [*made, _means("the other measures", rows, rest, suite)]
 
 
-def _means(title: str, rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure]) -> Table:
+def _means(title: str, rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure], suite: type[Suite]) -> Table:
     lines = []
     for name, own in rows.items():
         failed = sum("error" in row for row in own.values())
-        cells = [cell(mean(list(values_of(own, measure).values())), measure, len(own)) for measure in measures]
+        cells = [cell(mean(list(grouped(values_of(own, m), suite).values())), m, len(own)) for m in measures]
         lines.append((label(name, own), *cells, str(failed)))
     return Table(title, ("method", *map(heading, measures), "failed"), tuple(lines))
 
 
-def _differences(rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure], against: str) -> Table:
+def _differences(
+    rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure], against: str, suite: type[Suite]
+) -> Table:
     lines = []
     for name, own in rows.items():
         if name == against:
             continue
         cells = []
         for measure in measures:
-            difference = paired(values_of(rows[against], measure), values_of(own, measure))
+            difference = paired(*shared(values_of(rows[against], measure), values_of(own, measure), suite))
             text = cell(difference, measure, len(own), signed=True)
             cells.append(f"{text} {standing(difference, measure)}".strip())
         lines.append((label(name, own), *cells))

@@ -4,7 +4,8 @@
     python -m benchmarks.report runs/x
 
 The same command goes on where a killed run stopped; more methods, kinds or cases may be added to a folder, other settings not.
-A case that raises an error is a row with its error, and counts as failed. Methods: see `benchmarks.methods`; several devices
+A case that raises an error is a row with its error, and counts as failed; one that ends its process (out of memory) ends the
+run. Methods: see `benchmarks.methods`; several devices
 and processes share the work.
 """
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.method_names import applies, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
 from benchmarks.run_folder import ROWS, Row, RunError, RunFolder, read_rows
-from benchmarks.suite import Options, Suite
+from benchmarks.suite import Case, Options, Suite
 from benchmarks.suites import SUITES, open_suite
 from benchmarks.worker import Settings, Worker, begin, require_possible, work
 from p2p_subject.editor import Editor
@@ -38,15 +39,25 @@ Task = tuple[str, str, str]
 def plan(suite: Suite, methods: Mapping[str, MethodFunction]) -> list[Task]:
     """What there is to run: case by case, of all kinds in turn, so that a run cut short has compared all methods.
 
-    Cases of one kind are alike in what they hold, so the first says which methods are asked for them.
+    Cases of one kind are alike in what they hold, so the first that can be read says which methods are asked for them; those
+    that cannot become rows with their error.
     """
     ids = suite.ids()
-    first = {kind: suite.case(own[0]) for kind, own in ids.items()}
-    asked = {kind: [name for name, method in methods.items() if applies(method, case)] for kind, case in first.items()}
+    asked = {}
+    for kind, own in ids.items():
+        case = next(filter(None, (_readable(suite, id) for id in own)), None)
+        asked[kind] = [name for name, method in methods.items() if case is None or applies(method, case)]
     longest = max(map(len, ids.values()), default=0)
     return [
         (name, kind, own[at]) for at in range(longest) for kind, own in ids.items() if at < len(own) for name in asked[kind]
     ]
+
+
+def _readable(suite: Suite, id: str) -> Case | None:
+    try:
+        return suite.case(id)
+    except Exception:
+        return None
 
 
 def record(settings: Settings, suite: Suite) -> dict[str, Any]:
@@ -101,7 +112,7 @@ def measure(
     folder = RunFolder(settings.out)
     with folder.opened(record(settings, suite), {name: described(method) for name, method in methods.items()}, command):
         if retry:
-            folder.forget_failures()
+            folder.forget_failures((name, id) for name, _, id in tasks)
         missing = [task for task in tasks if (task[0], task[2]) not in folder.rows]
         if missing:
             # Here as well as in every process, where an error would have no name.
@@ -143,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="sampling steps of every method (default: each one's own, 50)")
     parser.add_argument("--guidance", type=float, help="guidance scale of every method (default: the model's own)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model")
-    for name in ("clip", "dino", "lpips"):
-        parser.add_argument(f"--{name}", help="network of the metrics: name, folder, or 'none' (default: the published one)")
+    for name, expected in (("clip", "name, folder"), ("dino", "name, folder"), ("lpips", "squeeze, alex, vgg")):
+        parser.add_argument(f"--{name}", help=f"network of the metrics: {expected}, or 'none' (default: the published one)")
     parser.add_argument("--devices", default="cpu", help="with commas, such as cuda:0,cuda:1 (default %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="processes a device (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads a process on a CPU (default %(default)s)")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,10 @@ class RunFolder:
             os.fsync(file.fileno())
         self.rows[key] = row
 
-    def forget_failures(self) -> int:
-        """Take out the rows of cases that failed, so that they are run again; returns how many there were."""
-        kept = {key: row for key, row in self.rows.items() if "error" not in row}
+    def forget_failures(self, keys: Iterable[tuple[str, str]]) -> int:
+        """Take out the rows of these methods and cases that failed, so that they are run again; returns how many there were."""
+        wanted = set(keys)
+        kept = {key: row for key, row in self.rows.items() if "error" not in row or key not in wanted}
         dropped = len(self.rows) - len(kept)
         if dropped:
             atomic_write(self.path / ROWS, b"".join(map(_line, kept.values())))

@@ -29,7 +29,8 @@ class Case:
 
     `prompt` describes `source` and `target_prompt` what it should become. `source_words` and `target_words` are the words of
     the two prompts whose region changes. `references` show the subject, of `category`, that a swap or a generation is to
-    show. Of the answer: `mask` (H, W) bool, where the edit belongs, and `truth`, the edited picture itself. `placed` says
+    show. Of the answer, which methods see only if they say that they do (`mask_input`): `mask` (H, W) bool, where the edit
+    belongs, and `truth`, the edited picture itself. `placed` says
     whether these are the only right place; where not (an object is added, no one said where), only a method that was given
     the mask is measured against them. `source_mask` and `reference_mask` (H, W) bool are the object in the source and the
     subject in the first reference. `facts` is what the suite itself needs to measure. A case without a source is one of
@@ -119,8 +120,8 @@ class Axes:
 class Options:
     """How a suite is opened: cases a kind (None: all), kinds (empty: all), seed, split, folder of data, networks by name.
 
-    `split` is of the world. `clip`, `dino` and `lpips` are a name or a folder; None is the suite's own, "none" leaves out what
-    needs it. `device` is where these run.
+    `split` is of the world. `clip` and `dino` are a name or a folder, `lpips` "squeeze", "alex" or "vgg"; None is the suite's
+    own, "none" leaves out what needs it. `device` is where these run.
     """
 
     count: int | None = None
@@ -195,4 +196,9 @@ class Suite(ABC):
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What makes two runs of the suite comparable: seed, split, data, networks and their versions."""
+        """What makes two runs of the suite comparable: seed, split, data, networks."""
+
+    @staticmethod
+    def group(id: str) -> str:
+        """What a case stands for in means and intervals: itself, or something that several cases are of."""
+        return id

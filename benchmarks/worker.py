@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import parent_process
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,14 @@ class Worker:
     def warm_up(self) -> None:
         """Load networks and code and choose kernels before the first case is timed."""
         self.suite.prepare()
-        first = next(ids[0] for ids in self.suite.ids().values())
-        self.editor.generate(self.suite.case(first).target_prompt, seed=0, steps=2)
+        self.editor.generate("a photo", seed=0, steps=2)
 
     def row(self, name: str, kind: str, id: str) -> Row:
         """Run a method on a case, measure and save what it returns; a failure is a row with its error and no values."""
         method = self.methods[name]
         row: Row = {"suite": self.suite.name, "kind": kind, "case": id, "method": name, "mask_input": takes_mask(method)}
-        row |= {"seed": None, "device": self.device, "model": self.fingerprint, "trajectory": None} | environment()
+        row |= {"seed": None, "device": self.device, "threads": self.settings.threads, "model": self.fingerprint}
+        row |= {"trajectory": None} | environment()
         values: Values = {}
         began = time.time()
         with warnings.catch_warnings(record=True) as told:
@@ -105,16 +106,22 @@ class Worker:
                 row |= {"seed": case.seed, "prompt": case.prompt, "target_prompt": case.target_prompt}
                 row["pictures"] = self.folder.save_case(case)
                 with metered(self.editor.model.unet, self.editor.model.device) as cost:
-                    edited = method(self.editor, case)
+                    edited = method(self.editor, case if row["mask_input"] else unanswered(case))
                 require_fitting(edited, case, name)
                 row["trajectory"] = edited.trajectory
                 row["pictures"] |= self.folder.save_edited(name, case, edited)
-                values = self.suite.measure(case, edited, row["mask_input"]) | cost | dict(edited.cost)
+                found = self.suite.measure(case, edited, row["mask_input"]) | cost | dict(edited.cost)
+                values = {name: finite(value) for name, value in found.items()}
             except Exception as error:
                 row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-4)}
-        row["metrics"] = {measure.name: finite(values.get(measure.name)) for measure in self.suite.measures}
+        row["metrics"] = {measure.name: values.get(measure.name) for measure in self.suite.measures}
         row["warnings"] = sorted({str(warning.message) for warning in told})
         return row | {"began": round(began, 3)}
+
+
+def unanswered(case: Case) -> Case:
+    """A case without what is known of its answer, for methods that do not say that they look at it."""
+    return replace(case, mask=None, truth=None, source_mask=None, reference_mask=None, facts=None)
 
 
 def finite(value: Any) -> float | None:
@@ -133,6 +140,11 @@ def require_fitting(edited: Any, case: Case, name: str) -> None:
         if getattr(picture, "mode", None) != mode or (case.size is not None and size != case.size):
             given = f"{type(picture).__name__} of mode {getattr(picture, 'mode', None)!r} and size {size}"
             raise SuiteError(f"method {name!r} returned as {what} a {given}; expected mode {mode!r}, size {case.size}")
+    if not isinstance(edited.trajectory, str | None):
+        raise SuiteError(f"method {name!r} returned as trajectory a {type(edited.trajectory).__name__}; expected a string")
+    wrong = {key: value for key, value in edited.cost.items() if not isinstance(value, Real | None)}
+    if wrong:
+        raise SuiteError(f"method {name!r} returned the cost {wrong}; expected numbers")
 
 
 def require_possible(editor: Editor, suite: Suite, methods: Mapping[str, MethodFunction]) -> None:

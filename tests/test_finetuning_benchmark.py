@@ -115,6 +115,22 @@ def test_all_methods_see_the_same_pictures_noise_and_timesteps(small, tmp_path, 
             assert a.time == b.time and torch.equal(a.noise, b.noise) and torch.equal(a.view.latents, b.view.latents)
 
 
+def test_prior_preservation_learns_the_category_under_its_own_name(small, tmp_path, monkeypatch) -> None:
+    rows: list = []
+    losses = benchmark.Trainer.losses
+    monkeypatch.setattr(benchmark.Trainer, "losses", lambda self, given: rows.append(given) or losses(self, given))
+    for folder in ("rows", "sheets"):
+        (tmp_path / folder).mkdir()
+    benchmark.run_case(small, Case("dreambooth prior", 0, 0), tmp_path)
+    model, word = benchmark.bench_of(small).model, benchmark.look_of(0).category
+    own, kept = (model.encode(model.layout(world.with_article(noun))).tokens[0] for noun in (f"{RARE} {word}", word))
+    first = rows[0]
+    assert len(first) == 6 and all(row.factor == 1 for row in first)
+    assert all(torch.allclose(row.tokens, own, atol=1e-5) for row in first[:3])
+    assert all(torch.allclose(row.tokens, kept, atol=1e-5) for row in first[3:])
+    assert not any(torch.equal(a.view.latents, b.view.latents) for a in first[:3] for b in first[3:])
+
+
 def test_guidance_leads_away_from_what_the_trained_text_encoder_says(small, tmp_path, monkeypatch) -> None:
     """Not from what the untrained one did: a direction between two encoders is no direction of the prompt."""
     sample, seen = benchmark.sample_contexts, []

@@ -21,7 +21,7 @@ from benchmarks import report, run
 from benchmarks.meter import metered
 from benchmarks.method_names import described, method_of, names_of
 from benchmarks.methods import METHODS, Method, Paste
-from benchmarks.report_tables import Section, sections, worst_first
+from benchmarks.report_tables import Section, grouped, sections, shared, worst_first
 from benchmarks.run_folder import RunError, RunFolder, file_name, read_rows, read_settings
 from benchmarks.suite import Case, Edited, Options
 from benchmarks.worker import Settings, finite
@@ -48,6 +48,16 @@ def picky(editor, case):
     if case.id.endswith("1"):
         raise RuntimeError("not this one")
     return Edited(case.source)
+
+def bare(editor, case):
+    assert case.mask is case.truth is case.source_mask is case.reference_mask is case.facts is None
+    return Edited(case.source)
+
+def dear(editor, case):
+    return Edited(case.source, cost={"rows": "7"})
+
+def traced(editor, case):
+    return Edited(case.source, trajectory=case.source)
 
 def wrong(editor, case):
     return Edited(case.source.resize((32, 32))) if case.id.endswith("1") else case.source
@@ -138,8 +148,10 @@ def test_paste_shows_the_reference_in_the_old_place() -> None:
 
 
 def test_methods_are_named_with_settings() -> None:
-    text = "ours, ours[steps=20,threshold=0.5] ,a.b:c"
-    assert names_of(text) == ["ours", "ours[steps=20,threshold=0.5]", "a.b:c"]
+    text = "ours, ours[steps=20,threshold=0.5] ,a.b:c,ours[cross_replace=[0.1, 0.5],steps=3]"
+    assert names_of(text) == ["ours", "ours[steps=20,threshold=0.5]", "a.b:c", "ours[cross_replace=[0.1, 0.5],steps=3]"]
+    case = WorldSuite(Options()).case("replace-0000")
+    assert method_of(names_of(text)[3]).spec(case, True).cross_replace == (0.1, 0.5) and method_of(names_of(text)[3]).steps == 3
     changed = method_of("direct+p2p[cross_replace=0.6,threshold=0.4,skip=0.2,rule=share]")
     assert changed.edit["cross_replace"] == changed.pie["cross_replace"] == 0.6 and changed.skip == 0.2
     assert changed.blend["threshold"] == 0.4 and changed.blend["rule"] == "share" and METHODS["direct+p2p"].skip == 0
@@ -160,6 +172,9 @@ def test_methods_are_named_with_settings() -> None:
         ("paste[steps=3]", "has no settings"),
         ("edit-friendly+p2p[threshold=0.2]", "no setting 'threshold'"),
         ("ours[mask_input=true]", "no setting 'mask_input'"),
+        ("ours[steps=abc]", "steps='abc'; expected a whole number"),
+        ("ours[cross_replace=2]", "cross_replace"),
+        ("ours[threshold=x]", "threshold"),
         ("no_such_module:f", "cannot be imported"),
         ("json:nothing", "cannot be imported"),
         ("json:decoder", "expected a function"),
@@ -273,12 +288,51 @@ def test_users_functions_run_and_failures_are_rows_that_count(miniature_folder: 
     found = {s.kind: s for s in sections(rows, WorldSuite, names_of(names), "my_methods:answer")}["swap"]
     line = next(line for line in found.tables[0].lines if line[0] == "my_methods:picky")
     assert line[-1] == "1" and line[1].startswith("0.000 (") and "; 2)" in line[1]
-    # Failed cases are run again where that is asked for, and only they.
-    before = {key: row for key, row in by.items() if "error" not in row}
-    (mine / "my_methods.py").write_text(MINE)
-    again = run.measure(settings_of(miniature_folder, mine / "out", names), retry=True)
-    assert len(again) == 6 and sum("error" in row for row in again) == 3
-    assert all(row in again for row in before.values())
+    # Failed cases are run again where that is asked for, and only they: those of other methods stay.
+    before = {key: row for key, row in by.items() if "error" not in row or key[0] == "wrong"}
+    again = run.measure(settings_of(miniature_folder, mine / "out", "my_methods:picky"), retry=True)
+    assert len(again) == 2 and sum("error" in row for row in again) == 1
+    kept = read_rows(mine / "out")
+    assert len(kept) == 6 and all(row in kept for row in before.values())
+
+
+def test_a_method_sees_the_answer_only_if_it_says_so(miniature_folder: Path, mine: Path) -> None:
+    names = "my_methods:bare,my_methods:dear,my_methods:traced"
+    rows = run.measure(settings_of(miniature_folder, mine / "out", names, count=1))
+    errors = {row["method"].removeprefix("my_methods:"): row.get("error") for row in rows}
+    assert errors["bare"] is None and rows[0]["metrics"]["outside_psnr"] == 100
+    assert "returned the cost {'rows': '7'}; expected numbers" in errors["dear"]
+    assert "returned as trajectory a Image; expected a string" in errors["traced"]
+
+
+def test_a_first_case_that_cannot_be_read_is_a_row(miniature_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    case = WorldSuite.case
+
+    def broken(self: WorldSuite, id: str) -> Case:
+        if id == "swap-0000":
+            raise OSError("cannot identify image file")
+        return case(self, id)
+
+    monkeypatch.setattr(WorldSuite, "case", broken)
+    rows = run.measure(settings_of(miniature_folder, tmp_path, "paste,lavis", count=2))
+    assert [(row["method"], row["case"], "error" in row) for row in rows] == [
+        ("paste", "swap-0000", True),
+        ("lavis", "swap-0000", True),
+        ("paste", "swap-0001", False),
+        ("lavis", "swap-0001", False),
+    ]
+
+
+def test_cases_of_one_subject_count_as_one() -> None:
+    class BySubject(WorldSuite):
+        @staticmethod
+        def group(id: str) -> str:
+            return id.split("-")[0]
+
+    values = {"a-1": 1.0, "a-2": None, "a-3": 0.0, "b-1": 1.0, "c-1": None}
+    assert grouped(values, BySubject) == {"a": 0.5, "b": 1.0, "c": None} and grouped(values, WorldSuite) == values
+    ours, theirs = shared(values, {"a-1": 0.0, "a-2": 1.0, "b-1": None, "c-1": 1.0}, BySubject)
+    assert ours == {"a": 1.0, "b": None, "c": None} and theirs == {"a": 0.0, "b": None, "c": None}
 
 
 def test_a_torn_line_is_dropped_and_its_case_run_again(miniature_folder: Path, tmp_path: Path) -> None:

@@ -377,6 +377,34 @@ def test_pie_bench_measures_as_published_and_by_area(pie: Path, networks: dict[s
     assert "psnr" not in whole and "published_ssim" not in whole and whole["published_clip_edited"] == whole["clip_whole"]
 
 
+def test_pie_bench_gives_the_perceptual_distance_of_the_background(pie: Path) -> None:
+    """Published: of both pictures with the edited region black. Beside it, the mean over the background alone."""
+
+    class Levels:
+        """In the place of LPIPS: the difference of levels, at every pixel, and its mean."""
+
+        def map(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return np.abs(a.astype(float) - b).mean(-1)
+
+        def distance(self, a: np.ndarray, b: np.ndarray) -> float:
+            return float(self.map(a, b).mean())
+
+    suite = PieBench(Options(data=pie, clip="none", dino="none", lpips="none"))
+    suite.networks.lpips = Levels()
+    case = suite.case("111000000000")
+    source = np.asarray(case.source)
+    moved = np.where(case.mask[..., None], 255 - source, np.where(source < 128, source + 100, source - 100)).astype(np.uint8)
+    values = suite._lpips_values(moved, source, case.mask)
+    assert values["lpips"] == pytest.approx(100)
+    assert values["published_lpips"] == pytest.approx(100 * (~case.mask).mean())
+
+
+def test_networks_in_folders_are_recorded_by_their_weights(networks: dict[str, str], tmp_path: Path) -> None:
+    made = features.Networks(networks["clip"], networks["dino"], "none", "cpu").record()
+    assert made["clip"] == networks["clip"] and len(made["clip_weights"]) == 16 != made["dino_weights"]
+    assert features.Networks("openai/clip-vit-large-patch14", None, None, "cpu").record().keys() == {"clip", "dino", "lpips"}
+
+
 def test_pie_bench_says_what_is_missing_and_where_it_comes_from(pie: Path, tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match=r"no mapping_file.json, annotation_images.*PnPInversion"):
         PieBench(Options(data=tmp_path))
