@@ -28,6 +28,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def few_sampling_steps(monkeypatch) -> None:
+    """Two for the pictures of the category."""
+    monkeypatch.setattr("p2p_subject.finetuning.prior.GRID_STEPS", 2)
+
+
 @pytest.fixture(scope="module")
 def small(miniature_folder) -> Settings:
     return Settings(str(miniature_folder), views=2, pictures=2, sampling=2, rank=2, prior=2, milestones=(0, 1, 2))
