@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.cost import environment
+from benchmarks.features import weights_digest
 from benchmarks.judge import Judge, right_category, right_look
 from benchmarks.statistics import interval
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
@@ -40,7 +40,7 @@ from p2p_subject.models import Model
 from p2p_subject.outputs import atomic_path, atomic_write, save_image
 from p2p_subject.training import miniature, world
 from p2p_subject.training.grids import sample_batch, tiled
-from p2p_subject.training.loop import RunConfig, train
+from p2p_subject.training.loop import RunConfig, changed_settings, train
 from p2p_subject.training.multimodal import fresh
 from p2p_subject.training.representation import PARTS, Shares, SubjectLearning, SubjectTrainer, start
 from p2p_subject.training.scenes import Cache, normalised
@@ -232,9 +232,7 @@ def require_settings(arguments: argparse.Namespace, cache: Cache, name: str, see
     stated |= {f"start {at}": identity(source) for at, source in enumerate(sources_of(arguments, name))}
     path = folder_of(arguments, name, seed) / "ablation.json"
     known = json.loads(path.read_text()) if path.exists() else stated
-    changed = [key for key in stated if known.get(key) != stated[key]]
-    if changed:
-        told = "; ".join(f"{key} {known.get(key)}, now {stated[key]}" for key in changed)
+    if told := changed_settings(known, stated):
         raise ArgumentError(f"{path.parent} is of other settings ({told}); go on with those, or give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(stated, indent=2))
@@ -242,13 +240,9 @@ def require_settings(arguments: argparse.Namespace, cache: Cache, name: str, see
 
 def identity(source: Path) -> str:
     """Digest of the weights that a training begins with."""
-    files = [source] if source.is_file() else sorted(source.glob("*/*.safetensors"))
-    if not files:
+    if not source.is_file() and not any(source.glob("*/*.safetensors")):
         raise ArgumentError(f"{source} holds no weights; expected the ema.safetensors of a run, or a model folder")
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    return weights_digest(source)
 
 
 def trained(arguments: argparse.Namespace, cache: Cache, name: str, seed: int) -> Verdicts:

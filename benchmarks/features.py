@@ -203,10 +203,10 @@ class Networks:
         return self._made(Lpips, self.names["lpips"])
 
 
-def weights_digest(folder: Path) -> str:
-    """Short hash of the safetensors of a folder."""
+def weights_digest(source: Path) -> str:
+    """Short hash of a file of weights, or of all the safetensors in a folder and the folders within."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [source] if source.is_file() else sorted(source.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

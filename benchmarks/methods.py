@@ -23,6 +23,7 @@ from PIL import Image
 
 from benchmarks.suite import Case, Edited
 from inversion import Trajectory, reconstruct
+from inversion.trajectory import TENSORS
 from p2p_subject.editor import Editor
 from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
 from p2p_subject.images import fit
@@ -136,8 +137,8 @@ def reconstructed(editor: Editor, source: Source) -> Source:
 def fingerprint(trajectory: Trajectory) -> str:
     """Short hash of all the tensors of a trajectory, bit for bit: two machines that agree on it edited the same generation."""
     digest = hashlib.sha256()
-    for values in (trajectory.latents, trajectory.noises, trajectory.null_embeddings):
-        if values is not None:
+    for name in TENSORS:
+        if (values := getattr(trajectory, name)) is not None:
             digest.update(values.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 

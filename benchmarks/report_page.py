@@ -68,19 +68,21 @@ def page(
 
 def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> dict[str, Any]:
     """One case as the page shows it: what was asked, and what each method returned."""
-    rows = {name: own[case] for name, own in section.rows.items() if case in own}
+    rows = section.of_case(case)
     first = next(iter(rows.values()))
-    asked = [
-        {"caption": CAPTIONS[name], "picture": inlined(folder / first["pictures"][name])}
-        for name in ASKED
-        if name in first.get("pictures", {})
-    ]
+    asked = [{"caption": caption, "picture": inlined(folder / path)} for caption, path in asked_of(first)]
     return {
         "id": case,
         "prompts": [first.get("prompt", ""), first.get("target_prompt", "")],
         "asked": asked,
         "edits": [edit_view(folder, suite, name, row) for name, row in rows.items()],
     }
+
+
+def asked_of(row: Row) -> list[tuple[str, str]]:
+    """Captions and paths of the pictures that say what a row's case asked for."""
+    pictures = row.get("pictures", {})
+    return [(CAPTIONS[name], pictures[name]) for name in ASKED if name in pictures]
 
 
 def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows: int = 8) -> Image.Image | None:
@@ -92,10 +94,8 @@ def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows
     cases = [order[round(at * (len(order) - 1) / max(1, count - 1))] for at in range(count)]
     panels = []
     for case in cases:
-        own = {name: of[case] for name, of in section.rows.items() if case in of}
-        first = next(iter(own.values()))
-        asked = [(CAPTIONS[name], first["pictures"][name]) for name in ASKED if name in first.get("pictures", {})]
-        made = []
+        own = section.of_case(case)
+        asked, made = asked_of(next(iter(own.values()))), []
         for name, row in own.items():
             values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
             if "edited" in row["pictures"]:

@@ -36,6 +36,10 @@ class Section:
         """Number of cases that any method ran."""
         return len({case for own in self.rows.values() for case in own})
 
+    def of_case(self, case: str) -> dict[str, Row]:
+        """The rows of one case by method, those that there are."""
+        return {name: own[case] for name, own in self.rows.items() if case in own}
+
 
 def value_of(row: Row, measure: Measure) -> float | None:
     """What a row counts as: its value, or for a case that failed what the measure says of those."""

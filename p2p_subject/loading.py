@@ -143,13 +143,14 @@ def _require_class(name: str, entry: Any, expected: tuple[str, ...], folder: Pat
 
 def _load_part(name: str, folder: Path, options: LoadOptions) -> Any:
     if name in _ENCODERS:
-        return _load_encoder(_ENCODERS[name], folder / name, options)
+        return load_encoder(_ENCODERS[name], folder / name, options)
     if name == "tokenizer_2":
         return load_prompt_tokenizer(folder / name)
     return load_component(name, folder, options)
 
 
-def _load_encoder(cls: type[CLIPTextModel], folder: Path, options: LoadOptions) -> CLIPTextModel:
+def load_encoder(cls: type[CLIPTextModel], folder: Path, options: LoadOptions) -> CLIPTextModel:
+    """Load a text encoder of transformers, whichever release wrote it. Raises `ModelError`."""
     path = require_safetensors(folder, "model", options.variant)
     try:
         encoder, report = cls.from_pretrained(

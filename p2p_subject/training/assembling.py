@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from p2p_subject.blip_diffusion import (
     Blip2QFormerConfig,
@@ -26,9 +25,9 @@ from p2p_subject.blip_diffusion.loading import LoadOptions, load_component, mode
 from p2p_subject.blip_diffusion.weights import read_json, require_safetensors, weights_error
 from p2p_subject.blip_diffusion.word_pieces import load_word_pieces
 from p2p_subject.errors import ArgumentError, ModelError
+from p2p_subject.loading import load_encoder
 from p2p_subject.training.multimodal import start_from_bert
 
-Clip = TypeVar("Clip", bound=PreTrainedModel)
 _STABLE_DIFFUSION = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads")
 _OF_CLIP = (*_SIZES, "image_size", "patch_size", "hidden_act", "layer_norm_eps")
@@ -78,7 +77,7 @@ def assemble(
     )
     qformer = Blip2QFormerModel(config)
     start_from_bert(qformer, bert)
-    clip = _load_clip(CLIPVisionModel, image_encoder)
+    clip = _load_clip(image_encoder)
     qformer.visual_encoder.load_state_dict(encoder_weights(clip, vision.num_hidden_layers))
     return BlipDiffusionPipeline(
         **{name: load_component(name, folder, options) for name in _STABLE_DIFFUSION if name != "text_encoder"},
@@ -116,27 +115,27 @@ def _normalisation(folder: Path) -> dict[str, list[float]]:
     return {name: told[name] for name in ("image_mean", "image_std") if name in told}
 
 
-def _load_clip(kind: type[Clip], folder: Path, variant: str | None = None) -> Clip:
-    path = require_safetensors(folder, "model", variant)
-    # The other half of a CLIP in the same file is no finding; what this half lacks is an error below.
+def _load_clip(folder: Path) -> CLIPVisionModel:
+    path = require_safetensors(folder, "model")
+    # CLIP's text encoder in the same file is no finding; what the image encoder lacks is an error below.
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        clip, report = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant
+        clip, report = CLIPVisionModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder} holds no {kind.__name__}: {error}") from error
+        raise ModelError(f"{folder} holds no CLIPVisionModel: {error}") from error
     finally:
         transformers.logging.set_verbosity(level)
     if report["missing_keys"]:
-        raise weights_error(kind.__name__, path, missing=report["missing_keys"])
+        raise weights_error("CLIPVisionModel", path, missing=report["missing_keys"])
     return clip.float()
 
 
 def _text_encoder(folder: Path, variant: str | None) -> ContextCLIPTextModel:
-    """A CLIP's text encoder with room for a subject; its weights' prefix is that of the release that wrote them, or none."""
-    clip = _load_clip(CLIPTextModel, folder, variant)
+    """A CLIP's text encoder with room for a subject; its weights' prefix is that of the release that reads them, or none."""
+    clip = load_encoder(CLIPTextModel, folder, LoadOptions(variant=variant, torch_dtype=torch.float32))
     encoder = ContextCLIPTextModel(ContextCLIPTextConfig.from_dict(read_json(folder / "config.json")))
     given = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in clip.state_dict().items()}
     # A counter of positions, which some releases write and others do not.

@@ -13,7 +13,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -117,13 +117,16 @@ def train(
     path = config.out / "settings.json"
     if path.exists() and (config.out / "checkpoint.safetensors").exists():
         before = json.loads(path.read_text())
-        names = sorted((before.keys() | settings.keys()) - FREE)
-        changed = [name for name in names if before.get(name) != settings.get(name)]
-        if changed:
-            told = "; ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
+        if told := changed_settings(before, settings, FREE):
             raise ArgumentError(f"{config.out} holds a run of other settings ({told}); go on with those, or give another --out")
     atomic_write(path, json.dumps(settings, indent=2))
     return run(config, build, batches, evaluate)
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
+    """Which settings differ, `free` ones aside, with both values, for a message; empty where none does."""
+    names = [name for name in sorted((before.keys() | now.keys()) - set(free)) if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 
 def run(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, evaluate: Evaluate | None = None) -> Path:
