@@ -45,7 +45,7 @@ from p2p_subject.training.multimodal import fresh
 from p2p_subject.training.representation import PARTS, Shares, SubjectLearning, SubjectTrainer, start
 from p2p_subject.training.scenes import Cache, normalised
 
-LEARNING = SubjectLearning(max_snr=5.0, central=0.5, subject_weight=1.0)
+LEARNING = SubjectLearning(Shares(0.15, 0.1), max_snr=5.0, central=0.5, subject_weight=1.0)
 """The paper's recipe, with the weights of the loss that the miniature needs; neither auxiliary heads nor attention term."""
 VARIANTS: dict[str, tuple[bool, SubjectLearning]] = {
     "full": (True, LEARNING),

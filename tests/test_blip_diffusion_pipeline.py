@@ -102,7 +102,7 @@ def test_a_batch_equals_its_rows(pipeline):
     prompts, pictures, sources = ["sea", "sun"], [picture(0), picture(1, 30, 60)], ["dog", "red panda"]
     targets, negatives = ["cat", "dog"], ["blur", ""]
     together = generate(
-        pipeline, prompts, pictures, sources, targets, neg_prompt=negatives, generator=[seeded(0), seeded(1)]
+        pipeline, prompts, pictures, sources, targets, neg_prompt=negatives, generator=(seeded(0), seeded(1))
     )
     alone = [
         generate(pipeline, *row[:4], neg_prompt=row[4], generator=seeded(index))

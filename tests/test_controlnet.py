@@ -153,9 +153,11 @@ def test_a_list_of_control_pictures_is_one_a_row(pipeline) -> None:
         for index, (prompt, control) in enumerate([("sea", controls[0])] * 2 + [("sun", controls[1])] * 2)
     ]
     assert torch.allclose(rows, torch.cat(alone), atol=1e-5)
-    shared = generate(pipeline, ["sea", "sun"], control=controls[0], generator=seeds[:2])
-    spelled = generate(pipeline, ["sea", "sun"], control=[controls[0]] * 2, generator=[seeded(0), seeded(1)])
-    assert shared.shape == spelled.shape
+    shared, spelled = (
+        generate(pipeline, ["sea", "sun"], control=control, generator=(seeded(0), seeded(1)))
+        for control in (controls[0], [controls[0]] * 2)
+    )
+    assert torch.equal(shared, spelled)
 
 
 def test_both_spellings_of_the_control_picture_are_one(pipeline) -> None:
@@ -511,7 +513,8 @@ def test_a_batch_of_edits_equals_them_one_by_one_and_threads_do_not_meet(first) 
             assert (result.latents - own).abs().max() < 1e-4
     with ThreadPoolExecutor(2) as pool:
         again = list(pool.map(lambda source: [first.edit(source, spec).latents for spec in specs], sources))
-    assert all(torch.equal(a, b) for one, other in zip(alone, again) for a, b in zip(one, other))
+    # Not bit for bit: a thread may have other numbers of threads to compute with, and other rounding.
+    assert all((a - b).abs().max() < 1e-4 for one, other in zip(alone, again) for a, b in zip(one, other))
 
 
 def test_the_attention_of_the_controlnet_is_left_alone(first) -> None:

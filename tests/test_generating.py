@@ -85,6 +85,9 @@ def test_subjects_are_mixed_along_the_way_between_their_embeddings(editor, dog, 
     if spherical:
         lengths = 0.75 * first.norm(dim=-1) + 0.25 * second.norm(dim=-1)
         assert torch.allclose(middle.norm(dim=-1), lengths, rtol=1e-4)
+        # A quarter of the way is a quarter of the angle.
+        between = [torch.cosine_similarity(first, other, dim=-1).arccos() for other in (middle, second)]
+        assert torch.allclose(between[0], 0.25 * between[1], atol=2e-3)
     else:
         assert torch.allclose(middle, 0.75 * first + 0.25 * second, atol=1e-6)
     strip = editor.generate("a dog", subject=[Subject.mix(dog, cat, t) for t in (0, 0.5, 1)], seed=0, steps=2)

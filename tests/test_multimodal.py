@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from p2p_subject.blip_diffusion.config import Blip2QFormerConfig
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
+from p2p_subject.errors import ArgumentError
 from p2p_subject.loading import miniature_folder
 from p2p_subject.training.miniature import QFORMER, QUERIES
 from p2p_subject.training.multimodal import (
@@ -26,6 +27,7 @@ from p2p_subject.training.multimodal import (
     causal,
     contrast,
     evaluation,
+    folder_pairs,
     fresh,
     hard_negatives,
     start_from_bert,
@@ -186,6 +188,56 @@ def test_pictures_and_captions_of_all_processes_are_contrasted(pieces, tmp_path)
     assert one.keys() == two.keys()
     for name, gradient in one.items():
         assert torch.allclose(gradient, two[name], rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7), name
+
+
+def matched_rows(rank: int, folder: Path, batch: dict[str, Tensor]) -> None:
+    """Which pictures and texts of two processes, each with one row, are put together."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    learner, matching, seen = trainer().train(), MultimodalTrainer.matching, {}
+
+    def noted(features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        seen.update(features=features, ids=ids)
+        return matching(learner, features, ids, mask)
+
+    learner.matching = noted
+    losses = learner(**{name: value.chunk(2)[rank].contiguous() for name, value in batch.items()})
+    losses["loss"].backward()
+    save_file({name: value.detach().contiguous() for name, value in seen.items()}, folder / f"rank{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_hard_negatives_come_from_all_processes(pieces, tmp_path) -> None:
+    batch = caption_pairs(pieces, "train", range(2), [True] * 2)
+    mp.start_processes(matched_rows, (tmp_path, batch), nprocs=2, start_method="fork")
+    with torch.no_grad():
+        features = trainer().qformer.visual_encoder(batch["references"])
+    for rank in (0, 1):
+        own, other = batch["text_ids"][rank], batch["text_ids"][1 - rank]
+        seen = load_file(tmp_path / f"rank{rank}.safetensors")
+        # The pair, its picture with the other's text, the other's picture with its text.
+        assert torch.equal(seen["ids"], torch.stack([own, other, own]))
+        assert torch.allclose(seen["features"], features[[rank, rank, 1 - rank]], atol=1e-4)
+
+
+def test_similarities_are_in_single_precision() -> None:
+    learner, (ids, mask) = trainer(), text()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, similarities, _, _ = learner.contrast(torch.randn(3, 64, 128), ids, mask)
+    assert loss.dtype == torch.float32 and all(values.dtype == torch.float32 for values in similarities)
+
+
+@pytest.mark.parametrize(("pictures", "sizes"), [(130, [64, 64]), (17, [17]), (2, [2])])
+def test_captions_are_searched_among_as_many_pictures_each_time(pictures: int, sizes: list[int]) -> None:
+    rows = [{"text_ids": torch.tensor([at])} for at in range(pictures)]
+    galleries = [batch["text_ids"][:, 0] for batch in folder_pairs(rows)["validation"]()]
+    assert [len(gallery) for gallery in galleries] == sizes
+    assert torch.equal(torch.cat(galleries), torch.arange(sum(sizes)))
+
+
+def test_one_picture_is_nothing_to_measure_on() -> None:
+    with pytest.raises(ArgumentError, match="1 picture to measure on"):
+        folder_pairs([{}])
 
 
 def test_batches_depend_on_seed_step_and_rank_alone(pieces) -> None:

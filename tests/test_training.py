@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertTokenizer, CLIPTokenizer
 
+from p2p_subject.blip_diffusion import BlipDiffusionPipeline
 from p2p_subject.errors import ArgumentError
+from p2p_subject.models import Model
 from p2p_subject.training import world
 from p2p_subject.training.attention_loss import coverage_loss, explicit_attention
 from p2p_subject.training.backgrounds import PAINTERS, PHRASES, paint
@@ -21,7 +23,7 @@ from p2p_subject.training.denoising import Denoising
 from p2p_subject.training.loop import RunConfig, learning_rate, run, train
 from p2p_subject.training.miniature import LEARNING, SETTINGS, networks
 from p2p_subject.training.multimodal import MultimodalTrainer
-from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, start
+from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt, start
 from p2p_subject.training.scenes import Cache, caption_batches, make_cache
 from p2p_subject.training.tokenizers import WORDS, save_clip_tokenizer, save_word_piece_tokenizer
 from p2p_subject.training.vae import VAETrainer, fold_statistics, scene_batch
@@ -218,6 +220,46 @@ def test_shares_leave_out_subject_and_caption_in_expectation() -> None:
         assert (drawn.sum(1) == count).all() and (drawn >= 0).all()
         assert np.allclose(drawn.mean(0) / count, (0.75, 0.15, 0.1), atol=0.025)
     assert Shares(0.25, 0.25).split(8) == [4, 2, 2] and Shares(0.0, 0.0).split(5) == [5, 0, 0]
+
+
+def test_the_subject_is_left_out_as_often_as_in_the_paper() -> None:
+    shares = SubjectLearning().shares
+    assert np.isclose(shares.caption_only + shares.neither, 0.15)
+
+
+@pytest.mark.parametrize("split", [[0, 1, 0], [0, 0, 1], [1, 0, 0], [2, 0, 0], [0, 2, 1]])
+def test_no_network_is_called_without_rows(cache, monkeypatch, split: list[int]) -> None:
+    """Fused kernels on GPUs refuse such calls; every process has gradients of the same weights, whatever its rows are."""
+    torch.manual_seed(0)
+    trainer = miniature_trainer(replace(LEARNING, attention_weight=0.05)).train()
+    monkeypatch.setattr(Shares, "split", lambda self, count: split)
+
+    def refuse(module, inputs) -> None:
+        assert not inputs or not isinstance(inputs[0], torch.Tensor) or len(inputs[0]) > 0, type(module).__name__
+
+    for part in (trainer.text_encoder, trainer.qformer, trainer.unet):
+        for module in part.modules():
+            module.register_forward_pre_hook(refuse)
+    losses = trainer(**cache.batch(np.arange(sum(split)), np.zeros(sum(split))))
+    losses["loss"].backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    for part in (trainer.unet, trainer.text_encoder, trainer.qformer.visual_encoder, trainer.qformer.proj_layer):
+        assert any(parameter.grad is not None for parameter in part.parameters())
+
+
+def test_rows_are_told_what_the_pipelines_would_tell_them(cache, miniature_folder) -> None:
+    pipeline = BlipDiffusionPipeline.from_pretrained(miniature_folder)
+    model = Model.of(pipeline)
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.qformer, pipeline.scheduler.config, empty_prompt(pipeline))
+    trainer = SubjectTrainer(*parts).eval()
+    batch = cache.batch(np.arange(5), np.zeros(5))
+    rows = {name: batch[name] for name in ("references", "ids", "category_ids", "category_mask")}
+    captions = [world.sample("train", index).caption() for index in range(5)]
+    with torch.no_grad():
+        subject, context = trainer.encoded(**rows, split=[2, 2, 1])
+        expected = [model.encode(model.layout(text, subject=True), own[None]).tokens for text, own in zip(captions, subject)]
+        expected += [model.encode(model.layout(text)).tokens for text in captions[2:4]] + [model.unconditional().tokens]
+    assert len(subject) == 2 and torch.allclose(context, torch.cat(expected), atol=1e-5)
 
 
 def test_pictures_train_as_their_latents_do(cache) -> None:

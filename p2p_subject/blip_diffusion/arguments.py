@@ -255,7 +255,8 @@ def generators(value: Any, number: int) -> Generator | list[Generator] | None:
         raise PromptError(
             f"{len(value)} generators are given for {number} pictures; pass one a picture, or just one."
         )
-    return value
+    # diffusers takes lists alone.
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_finite(value: Any) -> bool:

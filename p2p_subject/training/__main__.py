@@ -33,6 +33,10 @@ def _run_arguments(
     parser.add_argument("--learning-rate", type=float, default=rate, metavar="F", help=otherwise)
     share = f"share of the steps at full rate; 1: constant ({otherwise})"
     parser.add_argument("--decay-from", type=float, default=decay_from, metavar="F", help=share)
+    preset = "as was published with --data, else what suited the miniature"
+    parser.add_argument("--warmup", help=f"steps until the full rate ({preset})", **number)
+    parser.add_argument("--weight-decay", type=float, metavar="F", help=preset)
+    parser.add_argument("--betas", type=float, nargs=2, metavar="F", help=f"of AdamW's moments ({preset})")
     parser.add_argument("--ema", type=float, default=0.999, metavar="F", help="decay of the averaged weights (default 0.999)")
     about = "processes of one thread each, on a CPU (default 2; 1 on a GPU and where another program starts them)"
     parser.add_argument("--processes", help=about, **number)
@@ -57,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     scenes.add_argument("--processes", type=int, default=2)
 
     multimodal = stages.add_parser("multimodal", help="stage one: a Q-Former learns to read pictures for their captions")
-    _run_arguments(multimodal, steps=1200, batch=64, rate=1e-3)
+    _run_arguments(multimodal, None, None, None, None, "default: what suited the miniature; with --data BLIP-2's")
     model = "model folder of the image encoder and of all sizes (default: the miniature)"
     multimodal.add_argument("--model", type=Path, help=model)
     multimodal.add_argument(

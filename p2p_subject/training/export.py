@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from p2p_subject.blip_diffusion.word_pieces import load_prompt_tokenizer, load_w
 from p2p_subject.models import SETTINGS
 from p2p_subject.outputs import atomic_write
 from p2p_subject.training import world
+from p2p_subject.training.captions import PAPER
 from p2p_subject.training.miniature import MEAN, SCHEDULER, STD, networks
 from p2p_subject.training.representation import PARTS, start
 from p2p_subject.training.structure import StructureTrainer
@@ -63,6 +65,13 @@ def with_weights(model: Path, weights: Path) -> BlipDiffusionPipeline:
 
 def export_onto(run: Path, model: Path, out: Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the averaged weights of a run as a model folder, with all else from the model folder that it began with."""
+    settings = run / "settings.json"
+    if settings.is_file() and json.loads(settings.read_text()).get("template") == PAPER:
+        warnings.warn(
+            f"{run} was trained with the paper's template, whose subject comes last; the pipelines insert a subject after the "
+            "first word, where this model has seen none. Train with --template released for them",
+            stacklevel=2,
+        )
     save(with_weights(model, run / "ema.safetensors").to(dtype), out)
     if (model / SETTINGS).is_file():
         (out / SETTINGS).write_text((model / SETTINGS).read_text())

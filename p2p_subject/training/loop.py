@@ -36,7 +36,18 @@ Batches = Callable[[int, int, int], Batch]
 Evaluate = Callable[[int, Path], dict[str, float]]
 
 
-FREE = {"out", "steps", "processes", "device", "log_every", "checkpoint_every", "evaluate_every"}
+FREE = {
+    "out",
+    "steps",
+    "processes",
+    "device",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "threads",
+    "validation",
+    "vae",
+}
 """Settings that may change when a run goes on."""
 
 
@@ -195,9 +206,7 @@ def _worker(config: RunConfig, build: Callable[[], nn.Module], batches: Batches,
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     average = {name: value.detach().clone().float() for name, value in module.state_dict().items()}
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
     first = _resume(config.out, module, optimizer, average, list(named), accelerator)
     trained, stepper = accelerator.prepare(module, optimizer)
     bar = tqdm(total=config.steps, initial=first, desc=config.out.name, disable=None if rank == 0 else True)

@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
 from p2p_subject.blip_diffusion.weights import read_tensors, require_safetensors
-from p2p_subject.errors import ModelError
+from p2p_subject.errors import ArgumentError, ModelError
 from p2p_subject.training.loop import Batch, Evaluate
 from p2p_subject.training.pictures import CaptionedPictures
 from p2p_subject.training.scenes import caption_pairs
@@ -64,7 +64,7 @@ def contrast(similarity: Tensor, same: Tensor) -> Tensor:
 
 
 def hard_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw, for each row of (B, B) similarities, another that is alike but not the `same` (B, B) bool.
+    """Draw, for each row of (B, N) similarities, another that is alike but not the `same` (B, N) bool.
 
     Returns (rows, drawn), int64 of one length: the rows that have such another, and it.
     """
@@ -124,34 +124,41 @@ class MultimodalTrainer(nn.Module):
         """
         with torch.no_grad():
             features = self.qformer.visual_encoder(references)
-        itc, similarity, same, recall = self.contrast(features, text_ids, text_mask)
-        itm, matched = self.match(features, text_ids, text_mask, similarity, same)
+        itc, similarities, same, recall = self.contrast(features, text_ids, text_mask)
+        itm, matched = self.match(features, text_ids, text_mask, similarities, same)
         itg, told = self.tell(features, text_ids, text_mask)
         losses = {"contrast": itc, "matching": itm, "generation": itg}
         return {"loss": itc + itm + itg, **losses, "recall": recall, "matched": matched, "told": told}
 
-    def contrast(self, features: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ITC: the loss, similarities (B, B) of this process's pictures and texts, which texts are the same, and recall at 1.
+    @property
+    def together(self) -> bool:
+        """Whether the rows of several processes are one batch. Evaluation runs in one process, while the others wait."""
+        return self.training and dist.is_initialized() and dist.get_world_size() > 1
+
+    def everyones(self, rows: Tensor) -> Tensor:
+        """Rows (B, ...) of all processes in the order of their ranks, (N, ...)."""
+        return _Gather.apply(rows) if self.together else rows
+
+    def contrast(
+        self, features: Tensor, text_ids: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
+        """ITC: the loss, similarities (B, N) of this process's pictures to all texts and of its texts to all pictures, which
+        pairs are the same (B, N), and recall at 1.
 
         The similarity is that of the query nearest to the text. Equal captions are positives of each other's pictures.
         """
         queries, text = self.embed(features, text_ids, text_mask)
-        every_query, every_text, every_id = queries, text, text_ids
-        # Evaluation runs in one process, while the others wait.
-        together = self.training and dist.is_initialized() and dist.get_world_size() > 1
-        if together:
-            # In one call, so that the ways back of two cannot cross.
-            every_query, every_text = _Gather.apply(torch.cat([queries, text[:, None]], 1)).split([self.queries, 1], 1)
-            every_text, every_id = every_text[:, 0], _Gather.apply(text_ids)
-        same = (text_ids[:, None] == every_id[None]).all(-1)
+        # In one call, so that the ways back of two cannot cross.
+        every_query, every_text = self.everyones(torch.cat([queries, text[:, None]], 1)).split([self.queries, 1], 1)
+        same = (text_ids[:, None] == self.everyones(text_ids)[None]).all(-1)
         scale = self.temperature.clamp(0.001, 0.5)
-        to_text = torch.einsum("bqe,ne->bnq", queries, every_text).amax(-1) / scale
-        to_picture = torch.einsum("be,nqe->bnq", text, every_query).amax(-1) / scale
+        # What bfloat16 can tell apart is more than similarities differ by.
+        with torch.autocast(features.device.type, enabled=False):
+            to_text = torch.einsum("bqe,ne->bnq", queries, every_text[:, 0]).amax(-1) / scale
+            to_picture = torch.einsum("be,nqe->bnq", text, every_query).amax(-1) / scale
         loss = (contrast(to_text, same) + contrast(to_picture, same)) / 2
         recall = same.gather(1, to_text.argmax(1, keepdim=True)).float().mean()
-        first = len(text_ids) * (dist.get_rank() if together else 0)
-        own = slice(first, first + len(text_ids))
-        return loss, to_text[:, own].detach(), same[:, own], recall
+        return loss, (to_text.detach(), to_picture.detach()), same, recall
 
     def embed(self, features: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Unit vectors of pictures, one a query (B, Nq, E), and of texts (B, E), which do not see each other."""
@@ -160,14 +167,15 @@ class MultimodalTrainer(nn.Module):
         return queries, F.normalize(self.text_head(hidden[:, self.queries]).float(), dim=-1)
 
     def match(
-        self, features: Tensor, text_ids: Tensor, text_mask: Tensor, similarity: Tensor, same: Tensor
+        self, features: Tensor, text_ids: Tensor, text_mask: Tensor, similarities: tuple[Tensor, Tensor], same: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """ITM: the loss of true pairs and of hard negatives, a text for each picture and a picture for each text."""
-        rows, texts = hard_negatives(similarity, same)
-        columns, pictures = hard_negatives(similarity.T, same.T)
-        everything = torch.arange(len(features), device=features.device)
-        picture, text = torch.cat([everything, rows, pictures]), torch.cat([everything, texts, columns])
-        logits = self.matching(features[picture], text_ids[text], text_mask[text])
+        """ITM: the loss of true pairs and of hard negatives, a text for each picture and a picture for each text, drawn from
+        those of all processes; `similarities` and `same` are `contrast`'s."""
+        having, texts = hard_negatives(similarities[0], same)
+        wanting, pictures = hard_negatives(similarities[1], same)
+        picture = torch.cat([features, features[having], self.everyones(features)[pictures]])
+        ids, mask = (torch.cat([own, self.everyones(own)[texts], own[wanting]]) for own in (text_ids, text_mask))
+        logits = self.matching(picture, ids, mask)
         true = (torch.arange(len(picture), device=features.device) < len(features)).long()
         return F.cross_entropy(logits, true), (logits.argmax(1) == true).float().mean()
 
@@ -196,6 +204,9 @@ def fresh(pretrained: Blip2QFormerModel, pieces: BertTokenizer, bert: Path | Non
     return MultimodalTrainer(qformer, pieces.convert_tokens_to_ids("[DEC]"))
 
 
+GALLERY = 64
+"""Pictures that a caption is searched among when a run is measured."""
+
 Pairs = dict[str, Callable[[], Iterator[Batch]]]
 """Sets of pairs to measure on, by name, each as what yields its batches."""
 
@@ -204,18 +215,23 @@ def world_pairs(pieces: BertTokenizer, count: int = 256) -> Pairs:
     """New scenes of known looks ("validation"), and of art held out of training ("new_art")."""
 
     def of(split: str) -> Iterator[Batch]:
-        for first in range(0, count, 64):
-            yield caption_pairs(pieces, split, range(first, first + 64), [True] * 64)
+        for first in range(0, count, GALLERY):
+            yield caption_pairs(pieces, split, range(first, first + GALLERY), [True] * GALLERY)
 
     return {split: partial(of, split) for split in ("validation", "new_art")}
 
 
-def folder_pairs(dataset: CaptionedPictures, batch: int, count: int = 1024) -> Pairs:
-    """The first pictures of a folder."""
+def folder_pairs(dataset: CaptionedPictures, count: int = 1024) -> Pairs:
+    """The first pictures of a folder, in galleries of one size; `ArgumentError` for fewer than two."""
+    size = min(GALLERY, len(dataset))
+    if size < 2:
+        raise ArgumentError(
+            f"{len(dataset)} picture to measure on; expected two or more, for there is nothing to confuse it with"
+        )
 
     def of() -> Iterator[Batch]:
-        for first in range(0, min(count, len(dataset)), batch):
-            yield default_collate([dataset[at] for at in range(first, min(first + batch, len(dataset)))])
+        for last in range(size, min(count, len(dataset)) + 1, size):
+            yield default_collate([dataset[at] for at in range(last - size, last)])
 
     return {"validation": of}
 

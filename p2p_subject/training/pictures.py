@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from p2p_subject.errors import ArgumentError
 from p2p_subject.images import load_image, to_tensor
-from p2p_subject.training.captions import RELEASED, caption
+from p2p_subject.training.captions import RELEASED, Caption, caption
 from p2p_subject.training.composing import Box, Composition, compose, draw_background, square_box, subject_box
 from p2p_subject.training.cutout_cache import read_cutouts
 from p2p_subject.training.inputs import ModelInputs
@@ -72,7 +72,7 @@ class PictureFolder(Dataset):
             SubjectError, PromptError: a category or a caption cannot be encoded.
             ArgumentError: template or resolution cannot be used.
         """
-        self.model, self.seed = model, seed
+        self.model, self.template, self.seed = model, template, seed
         self.composition = composition or Composition()
         self.resolution = model.resolution if resolution is None else resolution
         if self.resolution < model.factor or self.resolution % model.factor:
@@ -85,13 +85,18 @@ class PictureFolder(Dataset):
         small = [min(entry.size) < self.resolution for entry in entries]
         _warn_of(entries, small, f"smaller than {self.resolution} pixels and are enlarged")
         captions = [
-            caption(model.tokenizer, entry.text, entry.subject, template, model.window, model.queries)
+            self.caption(entry.text, entry.subject)
             for entry in tqdm(entries, desc="reading captions", disable=None, leave=False)
         ]
         _warn_of(entries, [own.cut for own in captions], "captioned with more than the text encoder reads; the ends are cut")
         self.ids = torch.tensor([own.ids for own in captions], dtype=torch.int32)
         self.positions = torch.tensor([own.position for own in captions])
         self.categories = model.categories(entry.subject for entry in entries)
+
+    def caption(self, text: str, subject: str) -> Caption:
+        """A text about a subject as rows of this set have theirs."""
+        model = self.model
+        return caption(model.tokenizer, text, subject, self.template, model.window, model.queries)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -6,13 +6,17 @@ import dataclasses
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
 from safetensors.torch import load_file
 
+from p2p_subject import drawing
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.context import Context
 from p2p_subject.errors import ArgumentError
+from p2p_subject.images import load_image
 from p2p_subject.loading import miniature_folder
 from p2p_subject.models import Model
 from p2p_subject.outputs import save_image
@@ -32,14 +36,36 @@ from p2p_subject.training import vae as autoencoder
 from p2p_subject.training.inputs import ModelInputs
 from p2p_subject.training.loop import Evaluate, RunConfig, share, train
 from p2p_subject.training.representation import Shares, SubjectLearning, SubjectTrainer, empty_prompt, start
+from p2p_subject.training.world import with_article
 
 SHOWN = 6
 """Rows of a folder of pictures that are drawn at checkpoints."""
 
-
-MINIATURE = {"steps": 8000, "batch": 64, "learning_rate": 1e-3, "decay_from": 0.4}
-PAPER = {"steps": 500_000, "batch": 16, "learning_rate": 2e-6, "decay_from": 1.0}
-"""How stage two is run unless told otherwise: as suited the miniature, and as the paper says."""
+MINIATURE = {
+    "multimodal": {"steps": 1200, "batch": 64, "learning_rate": 1e-3, "decay_from": 0.4},
+    "representation": {"steps": 8000, "batch": 64, "learning_rate": 1e-3, "decay_from": 0.4},
+}
+PUBLISHED = {
+    "multimodal": {
+        "steps": 250_000,
+        "batch": 2320,
+        "learning_rate": 1e-4,
+        "decay_from": 0.0,
+        "warmup": 2000,
+        "betas": (0.9, 0.98),
+        "weight_decay": 0.05,
+    },
+    "representation": {
+        "steps": 500_000,
+        "batch": 16,
+        "learning_rate": 2e-6,
+        "decay_from": 1.0,
+        "warmup": 0,
+        "betas": (0.9, 0.999),
+    },
+}
+"""How the two stages are run unless told otherwise: as suited the miniature, and of pictures as was published: stage one after
+BLIP-2 (Li et al. 2023, section 3.4 there), stage two after BLIP-Diffusion, with AdamW's usual moments."""
 
 
 def run(arguments: Namespace) -> None:
@@ -48,12 +74,23 @@ def run(arguments: Namespace) -> None:
 
 
 def _config(arguments: Namespace) -> RunConfig:
+    """The configuration of a run; what was not said is filled in, here and in `arguments`."""
+    presets = MINIATURE if getattr(arguments, "data", None) is None else PUBLISHED
+    for name, value in presets.get(arguments.stage, {}).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     if arguments.processes is None:
         alone = arguments.device == "cpu" and "WORLD_SIZE" not in os.environ
         arguments.processes = 2 if alone else 1
     # Before any process is started, whose errors would come as tracebacks.
     share(arguments.batch, arguments.processes)
-    return RunConfig(**{name: value for name, value in vars(arguments).items() if name in RunConfig.__dataclass_fields__})
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
+    return RunConfig(**{name: value for name, value in given.items() if name in RunConfig.__dataclass_fields__})
+
+
+def _record(arguments: Namespace) -> dict[str, Any]:
+    """Everything else that a run was told, for its `settings.json`."""
+    return {name: value for name, value in vars(arguments).items() if name not in RunConfig.__dataclass_fields__}
 
 
 def _vae(arguments: Namespace) -> None:
@@ -85,6 +122,8 @@ def _assemble(arguments: Namespace) -> None:
 
 def _multimodal(arguments: Namespace) -> None:
     config, folder = _config(arguments), arguments.model or miniature_folder()
+    if arguments.batch < 2:
+        raise ArgumentError("--batch 1: a picture is told from those of other captions; give two or more")
     pipeline = BlipDiffusionPipeline.from_pretrained(folder)
     pieces = pipeline.qformer_tokenizer
 
@@ -101,9 +140,9 @@ def _multimodal(arguments: Namespace) -> None:
             if path is not None
         }
         batches = pictures.batches(told["data"], arguments.batch, config.seed, threads=arguments.threads)
-        pairs = multimodal.folder_pairs(told["validation"], arguments.batch) if "validation" in told else {}
+        pairs = multimodal.folder_pairs(told["validation"]) if "validation" in told else {}
     evaluate = multimodal.evaluation(build, pairs, config.device) if pairs else None
-    train(config, build, batches, evaluate, model=folder, data=arguments.data, bert=arguments.bert)
+    train(config, build, batches, evaluate, **_record(arguments))
 
 
 def learning_of(arguments: Namespace) -> SubjectLearning:
@@ -133,9 +172,6 @@ def _representation(arguments: Namespace) -> None:
     missing = [name for name in needed if getattr(arguments, name) is None]
     if missing:
         raise ArgumentError(f"--{needed[0]} was given without --{missing[0]}; it needs both")
-    for name, value in (MINIATURE if arguments.data is None else PAPER).items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
     (_on_scenes if arguments.data is None else _on_pictures)(arguments)
 
 
@@ -152,8 +188,8 @@ def _on_scenes(arguments: Namespace) -> None:
         grids.generation_grid(folder / "ema.safetensors", arguments.vae, folder / f"grid-{step:06d}.png")
         return {}
 
-    record = {"learning": dataclasses.asdict(learning), "start_from": arguments.start_from, "scenes": cache.count}
-    train(config, build, cache.batches(arguments.batch, config.seed), evaluate, **record)
+    told = {"learning": dataclasses.asdict(learning), "scene_count": cache.count}
+    train(config, build, cache.batches(arguments.batch, config.seed), evaluate, **_record(arguments), **told)
 
 
 def _on_pictures(arguments: Namespace) -> None:
@@ -181,21 +217,25 @@ def _on_pictures(arguments: Namespace) -> None:
         return trainer
 
     batches = pictures.batches(dataset, arguments.batch, config.seed, threads=arguments.threads)
-    record = {"learning": dataclasses.asdict(learning), "start_from": arguments.start_from}
-    record |= {"data": arguments.data, "template": arguments.template, "pictures": len(dataset)}
-    train(config, build, batches, _drawn(arguments, dataset), **record)
+    told = {"learning": dataclasses.asdict(learning), "pictures": len(dataset)}
+    train(config, build, batches, _drawn(arguments, dataset), **_record(arguments), **told)
 
 
 def _drawn(arguments: Namespace, dataset: pictures.PictureFolder, steps: int = 25, scale: float = 7.5) -> Evaluate:
-    """What draws, at checkpoints, what the encoder sees of some pictures, what is generated of them, and the pictures."""
+    """What draws, at checkpoints, some pictures above what is generated of their subjects."""
     entries = [dataset.rows[at][0] for at in np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(int))]
-    prompts = [f"a {entry.subject}" for entry in entries]
 
+    @torch.no_grad()
     def evaluate(step: int, folder: Path) -> dict[str, float]:
         pipeline = export.with_weights(arguments.model, folder / "ema.safetensors").to(arguments.device)
-        model, given = Model.of(pipeline), [Image.open(entry.picture).convert("RGB") for entry in entries]
+        model, given = Model.of(pipeline), [load_image(entry.picture) for entry in entries]
         subjects = pipeline.subject_embeddings([[one] for one in given], [entry.subject for entry in entries])
-        made = grids.sample_batch(model, prompts, subjects.split(1), range(len(entries)), steps, scale)
+        # As in training: where the template has the subject's embeddings.
+        captions = [dataset.caption(with_article(entry.subject), entry.subject) for entry in entries]
+        ids = torch.tensor([own.ids for own in captions], device=model.device)
+        position = torch.tensor([own.position for own in captions], device=model.device)
+        told = Context(pipeline.text_encoder(ids, subjects, position))
+        made = drawing.sample_contexts(model, told, range(len(entries)), steps, scale)
         rows = [[np.asarray(one.resize(made[0].size)) for one in row] for row in (given, made)]
         save_image(grids.tiled(rows, 1), folder / f"grid-{step:06d}.png")
         return {}
@@ -214,7 +254,7 @@ def _structure(arguments: Namespace) -> None:
             trainer.load_state_dict(load_file(path))
         return trainer
 
-    train(config, build, batches, model=folder, start_from=arguments.start_from)
+    train(config, build, batches, **_record(arguments))
 
 
 def _export(arguments: Namespace) -> None:

@@ -65,11 +65,8 @@ class StructureTrainer(nn.Module):
     ) -> dict[str, Tensor]:
         """The denoising loss under `edges` (B, 3, H, W) in [0, 1]; the rest as of `SubjectTrainer`."""
         frozen = self.frozen
-        split = SHARES.split(len(ids))
-        chosen = slice(split[0])
         with torch.no_grad():
-            subject = frozen.subjects(references[chosen], category_ids[chosen], category_mask[chosen])
-            context = frozen.contexts(ids, subject, split, frozen.position)
+            _, context = frozen.encoded(references, ids, category_ids, category_mask, SHARES.split(len(ids)))
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:
             down, middle = self.controlnet(noisy, t, context, edges, return_dict=False)
