@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     interpolate.add_argument("--frames", type=_count, default=7, metavar="N", help="pictures, ends included (default 7)")
     interpolate.add_argument("--spherical", action="store_true", help="turn from one embedding to the other, not straight")
     interpolate.add_argument("--out", required=True, metavar="FILE", help="the strip (.png, .jpg, .webp, .tif or .bmp)")
+    _control_arguments(interpolate, "KIND:FILE to make one of a picture")
     _common_arguments(interpolate)
     _guidance_arguments(interpolate)
 

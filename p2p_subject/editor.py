@@ -335,8 +335,9 @@ class Editor:
         sees all of a picture). Without, a picture's transparency is its mask. `validation`: other pictures of the subject, or
         the share of `pictures` that is held out; the weights that do best on them are kept, and the run ends when they stop to
         gain. `prior`: pictures of the category, or the folder to generate them into once, for `prior_weight=`; None generates
-        them for this run. `out`: a folder for the result, with checkpoints and grids of pictures on the way; a run that was
-        killed goes on when it is asked for again. `callback(step, loss)` is called after every step and may raise to cancel.
+        them for this run. `out`: a folder for the result, with grids of pictures on the way and, by LoRA, the model as it
+        is beside each (`run/step-00040`, loaded as the result is); a run that was killed goes on when it is asked for again.
+        `callback(step, loss)` is called after every step and may raise to cancel.
         `options`: the fields of `p2p_subject.finetuning.Settings`, such as `method="full"`, `rank=16` or `learning_rate=1e-4`.
 
         Memory beside the model: with "lora" (the default; needs peft) the additions alone, which share the U-Net's weights;

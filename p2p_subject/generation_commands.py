@@ -63,11 +63,13 @@ def interpolate(arguments: Namespace) -> Report:
     _choose_seed(arguments)
     amounts = [k / max(arguments.frames - 1, 1) for k in range(arguments.frames)]
     mixed = [Subject.mix(first, second, amount, spherical=arguments.spherical) for amount in amounts]
+    control = control_of(arguments)
     editor = load_editor(arguments)
     prompts = [arguments.prompt.replace("{category}", own.category) for own in mixed]
     rows = [{"prompt": prompt, "subject": own, "seed": arguments.seed} for prompt, own in zip(prompts, mixed)]
-    options = given(arguments, "steps", "guidance_scale")
-    sources = _in_batches(editor, rows, negative_prompt=arguments.negative_prompt, **options)
+    options = {"negative_prompt": arguments.negative_prompt, "control": control}
+    options |= given(arguments, "steps", "guidance_scale", "control_strength")
+    sources = _in_batches(editor, rows, **options)
     panels = [(first.category, first.pictures[0])]
     panels += [(f"{amount:.2f}", source.image) for amount, source in zip(amounts, sources)]
     panels += [(second.category, second.pictures[0])]

@@ -183,6 +183,11 @@ class TestControl:
             made.append((shell.folder / "out.png").read_bytes())
         assert made[0] == made[1] != made[2]
 
+    def test_a_strip_keeps_to_one_structure(self, shell, control):
+        strip = ("interpolate", "a dog", "--subject", "{dog0}", "--to", "{dog1}", "--category", "dog", "--frames", "2")
+        report = shell.report(*strip, "--seed", "3", "--control", "canny:{scene}", "--control-strength", "0.5", *control)
+        assert report["control_strength"] == 0.5
+
     def test_stylize(self, shell, control):
         style = ("--style", "{dog0}", "--style", "{dog1}", "--category", "dog", "--prompt", "a bell on sand", "--seed", "1")
         report = shell.report("stylize", "{scene}", *style, *control)

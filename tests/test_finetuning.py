@@ -33,6 +33,7 @@ from p2p_subject.errors import (
 from p2p_subject.finetuning import Settings, network
 from p2p_subject.finetuning.loss import row_losses, target
 from p2p_subject.finetuning.pictures import encode, read_pictures, split
+from p2p_subject.finetuning.result import load_finetuned
 from p2p_subject.finetuning.settings import filled
 from p2p_subject.finetuning.trainer import Row, Trainer, _order
 
@@ -357,11 +358,20 @@ class TestRuns:
         result = editor.finetune(PICTURES, "dog", out=tmp_path / "dog", **LONGER)
         files = sorted(str(path.relative_to(tmp_path / "dog")) for path in (tmp_path / "dog").rglob("*") if path.is_file())
         grids = [f"run/grid-0000{step}.png" for step in (2, 4, 5)]
-        assert files == ["finetune.json", "lora.safetensors", *grids, "run/settings.json", "subject.safetensors"]
+        models = ["finetune.json", "lora.safetensors", "subject.safetensors"]
+        steps = [f"run/step-0000{step}/{name}" for step in (2, 4, 5) for name in models]
+        assert files == sorted([*models, *grids, "run/settings.json", *steps])
         with Image.open(tmp_path / "dog" / grids[0]) as grid:
             assert grid.size[1] > 3 * 192
         again = editor.finetune(PICTURES, "dog", out=tmp_path / "dog", callback=forbidden, **LONGER)
         assert same(weights_of(again), weights_of(result)) and again.history == result.history
+
+    def test_every_checkpoint_of_a_lora_is_a_model(self, editor, tmp_path) -> None:
+        editor.finetune(PICTURES, "dog", out=tmp_path / "dog", **LONGER)
+        short = editor.finetune(PICTURES, "dog", **{**LONGER, "steps": 2})
+        loaded = load_finetuned(tmp_path / "dog" / "run" / "step-00002", base=editor)
+        assert (loaded.step, loaded.history) == (2, short.history)
+        assert same(weights_of(loaded), weights_of(short))
 
     def test_the_encoder_does_not_run_again_when_a_run_goes_on(self, base, tmp_path, monkeypatch) -> None:
         editor = Editor.from_pretrained(base)

@@ -173,12 +173,19 @@ class _Run:
         best, reached = self.progress.state()
         state = {**trained, **best, "subject": self.embedding.detach().clone()}, {"trainer": values, "progress": reached}
         self.folder.save(state)
-        now = with_unet(self.model, self.unet, self._subject())
+        now = with_unet(self.model, self.unet, self._subject(), self._name())
+        if self.settings.method == "lora":
+            # Few MB each, so that the one whose grid looks best can be had. U-Nets are GB: of these the last is kept alone.
+            made = Finetuned(now, self.settings, self.plan.base, self.progress.step, tuple(self.progress.history))
+            made.write(self.folder.run / f"step-{self.progress.step:05d}")
         sheet = progress_grid(now, self.plan.learned, self.plan.grid, self.settings.seed, f"step {self.progress.step}")
         save_image(sheet, self.folder.run / f"grid-{self.progress.step:05d}.png")
 
     def _subject(self) -> EmbeddedSubject:
         return EmbeddedSubject(self.embedding, self.plan.subject.category)
+
+    def _name(self) -> str:
+        return f"{self.model.name} + {self.plan.subject.category}"
 
     def result(self) -> Finetuned:
         """The tuned model with the best weights, or without held-out pictures the last."""
@@ -189,8 +196,7 @@ class _Run:
             network.convert([*self.unet.parameters(), *self.unet.buffers()], self.model.unet.dtype)
         self.unet.requires_grad_(False)
         step = self.progress.best_step if self.progress.best else self.progress.step
-        name = f"{self.model.name} + {self.plan.subject.category}"
-        tuned = with_unet(self.model, self.unet, self._subject(), name)
+        tuned = with_unet(self.model, self.unet, self._subject(), self._name())
         return Finetuned(tuned, self.settings, self.plan.base, step, tuple(self.progress.history))
 
 

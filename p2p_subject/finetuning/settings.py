@@ -33,7 +33,8 @@ class Settings:
       the word keeps its meaning (Ruiz et al. 2023, "DreamBooth", eq. 2); `prior_count` of them are generated.
     - `validate_every`, `patience`: with held-out pictures, how often in steps their loss is measured, and after how many
       measurements without a better one the run ends (0: never).
-    - `checkpoint_every`: with a folder, how often in steps the state and a grid of pictures are written.
+    - `checkpoint_every`: with a folder, how often in steps the state and a grid of pictures are written; by LoRA also a
+      folder that loads as the result does.
     - `grid_prompts`: what the pictures of the grids show.
     - `gradient_checkpointing`: less memory for activations, about a third more time.
     - `seed`: the same seed gives the same weights on the same machine.
