@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer
 
 from p2p_subject.blip_diffusion.config import Blip2QFormerConfig
 from p2p_subject.blip_diffusion.qformer import Blip2QFormerModel
@@ -31,6 +31,7 @@ from p2p_subject.training.multimodal import (
     fresh,
     hard_negatives,
     start_from_bert,
+    start_words_from_bert,
     unimodal,
     world_pairs,
 )
@@ -309,3 +310,25 @@ def test_a_qformer_begins_with_the_weights_of_bert(tmp_path) -> None:
     smaller.save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="has shape"):
         start_from_bert(network, tmp_path / "small")
+
+
+def test_words_are_told_as_bert_told_them(tmp_path) -> None:
+    config = QFORMER["qformer_config"]
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 128, "intermediate_size": 512}
+    torch.manual_seed(0)
+    bert = BertForMaskedLM(BertConfig(**sizes, vocab_size=config["vocab_size"] - 1, max_position_embeddings=16)).eval()
+    with torch.no_grad():
+        for weight in bert.cls.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    bert.save_pretrained(tmp_path)
+    learner = trainer()
+    start_from_bert(learner.qformer, tmp_path)
+    start_words_from_bert(learner, tmp_path)
+    hidden = torch.randn(2, 3, 128)
+    with torch.no_grad():
+        told = learner.word_head(hidden) @ learner.qformer.embeddings.word_embeddings.weight.T + learner.word_bias
+        assert torch.allclose(told[..., :-1], bert.cls(hidden), atol=1e-4)
+    headless, before = trainer(), trainer().state_dict()
+    bert.bert.save_pretrained(tmp_path / "headless")
+    start_words_from_bert(headless, tmp_path / "headless")
+    assert all(torch.equal(value, before[name]) for name, value in headless.state_dict().items())

@@ -199,9 +199,11 @@ def fresh(pretrained: Blip2QFormerModel, pieces: BertTokenizer, bert: Path | Non
     """A trainer whose Q-Former has the sizes and the image encoder of `pretrained`, and begins anew, or with a BERT."""
     qformer = Blip2QFormerModel(pretrained.config)
     qformer.visual_encoder.load_state_dict(pretrained.visual_encoder.state_dict())
+    learner = MultimodalTrainer(qformer, pieces.convert_tokens_to_ids("[DEC]"))
     if bert is not None:
         start_from_bert(qformer, bert)
-    return MultimodalTrainer(qformer, pieces.convert_tokens_to_ids("[DEC]"))
+        start_words_from_bert(learner, bert)
+    return learner
 
 
 GALLERY = 64
@@ -262,12 +264,7 @@ def start_from_bert(qformer: Blip2QFormerModel, folder: Path) -> None:
     Text and queries begin with the same feed-forward parts. Word pieces beyond BERT's, such as "[DEC]", stay as they are.
     Raises `ModelError` for a BERT of other sizes, and for files that are missing or damaged.
     """
-    saved = {}
-    for name, value in read_tensors(require_safetensors(folder, "model")).items():
-        # The public files are as old as the names that these once had.
-        renamed = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        saved[renamed.removeprefix("bert.")] = value
-    own = qformer.state_dict()
+    saved, own = _bert(folder), qformer.state_dict()
     for name, value in own.items():
         if name == "query_tokens" or "crossattention" in name or not name.startswith(("embeddings.", "encoder.")):
             continue
@@ -282,3 +279,25 @@ def start_from_bert(qformer: Blip2QFormerModel, folder: Path) -> None:
         if given.shape != part.shape:
             raise ModelError(f"{folder}: {wanted} has shape {tuple(given.shape)}; the Q-Former's is {tuple(part.shape)}")
         part.copy_(given)
+
+
+@torch.no_grad()
+def start_words_from_bert(trainer: MultimodalTrainer, folder: Path) -> None:
+    """Begin the head that tells word pieces with that of a BERT, where its folder holds it."""
+    saved = _bert(folder)
+    for part, name in ((trainer.word_head[0], "transform.dense"), (trainer.word_head[2], "transform.LayerNorm")):
+        for kind, value in part.named_parameters():
+            if (given := saved.get(f"cls.predictions.{name}.{kind}")) is not None:
+                value.copy_(given)
+    if (bias := saved.get("cls.predictions.bias")) is not None:
+        trainer.word_bias[: len(bias)] = bias[: len(trainer.word_bias)]
+
+
+def _bert(folder: Path) -> dict[str, Tensor]:
+    """The weights of a BERT by the names that they have today."""
+    saved = {}
+    for name, value in read_tensors(require_safetensors(folder, "model")).items():
+        # The public files are as old as the names that these once had.
+        renamed = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        saved[renamed.removeprefix("bert.")] = value
+    return saved
