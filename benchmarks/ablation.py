@@ -46,7 +46,8 @@ from p2p_subject.training.representation import PARTS, Shares, SubjectLearning, 
 from p2p_subject.training.scenes import Cache, normalised
 
 LEARNING = SubjectLearning(Shares(0.15, 0.1), max_snr=5.0, central=0.5, subject_weight=1.0)
-"""The paper's recipe, with the weights of the loss that the miniature needs; neither auxiliary heads nor attention term."""
+"""The paper's recipe with the weights of the loss that the miniature needs, neither auxiliary heads nor attention term; a tenth
+of the rows beside the paper's share has neither subject nor caption."""
 VARIANTS: dict[str, tuple[bool, SubjectLearning]] = {
     "full": (True, LEARNING),
     "no stage one": (False, LEARNING),

@@ -2,10 +2,10 @@
 
     python -m benchmarks.paper --out benchmarks/pictures --curves "stage one=runs/multimodal" "stage two=runs/final"
 
-Subjects are in hues that no training had, scenes are new. `generation.jpg`: one subject by several prompts; `style.jpg`: the
-style of one picture, the structure of another; `interpolation.jpg`: subjects on the way from one to another, and printed how
-far the judge sees their hue to have gone; `control.jpg`: subjects in given edges, and edits that keep to those of what was
-there.
+Scenes are new, subjects in hues that no training had but where they go from hue to hue. `generation.jpg`: one subject by
+several prompts; `style.jpg`: the style of one picture, the structure of another; `interpolation.jpg`: subjects on the way from one to
+another, and printed how far the judge sees their hue to have gone; `control.jpg`: subjects in given edges, and edits that keep
+to those of what was there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from p2p_subject.errors import ArgumentError
 from p2p_subject.outputs import atomic_path, save_image
 from p2p_subject.training import world
 from p2p_subject.viz import Panel, contact_sheet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEPS, PANEL, ROWS = 25, 96, 4
 GROUNDS = ("grass", "snow", "bricks", "space", "sand", "water")
@@ -157,10 +161,16 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def curves(runs: Mapping[str, Path], path: Path) -> None:
-    """Plot what the logs of runs hold against steps, a column a run: losses above, shares of what is done right below."""
+    """Plot what the logs of runs hold against steps."""
+    figure = drawn_curves({name: read_log(folder) for name, folder in runs.items()})
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def drawn_curves(logs: Mapping[str, list[dict[str, float]]]) -> Figure:
+    """A column a run: losses above, shares of what is done right below."""
     from matplotlib.figure import Figure
 
-    logs = {name: read_log(folder) for name, folder in runs.items()}
     figure = Figure(figsize=(4.6 * len(logs), 6.4), layout="constrained")
     for column, (name, rows) in zip(figure.subplots(2, len(logs), squeeze=False).T, logs.items()):
         fields = dict.fromkeys(key for row in rows for key in row if key not in ("step", "seconds", "loss"))
@@ -176,8 +186,7 @@ def curves(runs: Mapping[str, Path], path: Path) -> None:
                 axes.legend(fontsize=7)
             else:
                 axes.set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    return figure
 
 
 def _named(text: str) -> tuple[str, Path]:

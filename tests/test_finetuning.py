@@ -373,6 +373,21 @@ class TestRuns:
         assert (loaded.step, loaded.history) == (2, short.history)
         assert same(weights_of(loaded), weights_of(short))
 
+    def test_a_run_that_was_killed_in_a_checkpoint_makes_all_of_it(self, editor, tmp_path, monkeypatch) -> None:
+        from p2p_subject.finetuning import run
+
+        def kill(*_) -> None:
+            raise Killed
+
+        monkeypatch.setattr(run, "save_image", kill)
+        with pytest.raises(Killed):
+            editor.finetune(PICTURES, "dog", out=tmp_path / "dog", **LONGER)
+        monkeypatch.undo()
+        editor.finetune(PICTURES, "dog", out=tmp_path / "dog", **LONGER)
+        for step in (2, 4, 5):
+            assert load_finetuned(tmp_path / "dog" / "run" / f"step-0000{step}", base=editor).step == step
+            assert (tmp_path / "dog" / "run" / f"grid-0000{step}.png").is_file()
+
     def test_the_encoder_does_not_run_again_when_a_run_goes_on(self, base, tmp_path, monkeypatch) -> None:
         editor = Editor.from_pretrained(base)
         with pytest.raises(Killed):
@@ -403,7 +418,7 @@ class TestRuns:
         write = result.write_tensors
 
         def fail(path, *given):
-            if path.name == "subject.safetensors":
+            if path == tmp_path / "run" / "subject.safetensors":
                 raise OutputError("no space left")
             write(path, *given)
 

@@ -27,6 +27,8 @@ def test_curves_are_drawn_of_losses_and_shares(tmp_path) -> None:
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 50, "denoising": 0.2, "validation recall": 0.5}) + "\n")
     paper.curves({"one": tmp_path, "two": tmp_path}, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 800
+    above, below = paper.drawn_curves({"one": paper.read_log(tmp_path)}).axes
+    assert [[line.get_label() for line in axes.lines] for axes in (above, below)] == [["denoising"], ["validation recall"]]
 
 
 def test_every_sheet_has_its_rows(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from contextlib import nullcontext
@@ -146,6 +147,7 @@ def test_processes_are_started_where_nobody_else_does(monkeypatch, told, environ
         (["multimodal", "--data", "x"], {"steps": 250_000, "learning_rate": 1e-4, "warmup": 2000, "weight_decay": 0.05}),
         (["multimodal", "--data", "x", "--warmup", "5", "--betas", "0.8", "0.9"], {"warmup": 5, "betas": [0.8, 0.9]}),
         (["representation", "--data", "x"], {"learning_rate": 2e-6, "warmup": 0, "decay_from": 1.0, "betas": (0.9, 0.999)}),
+        (["multimodal", "--data", "x", "--steps", "1000"], {"warmup": 100}),
         (["representation"], {"steps": 8000, "warmup": 200, "decay_from": 0.4}),
     ],
 )
@@ -161,7 +163,11 @@ def test_a_run_does_not_go_on_with_other_data(folder, miniature_folder, tmp_path
     call(*told, "--steps", "1")
     with pytest.raises(ArgumentError, match="holds a run of other settings"):
         call(*told, "--steps", "2", *changed)
-    call(*told, "--steps", "2", "--threads", "1")
+    call(*told, "--steps", "2", "--threads", "1", "--model", os.path.relpath(miniature_folder))
+    # A run of before an argument was on record.
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    (tmp_path / "run" / "settings.json").write_text(json.dumps({"seed": settings["seed"]}))
+    call(*told, "--steps", "3")
 
 
 def test_stage_one_is_measured_on_splits_that_it_is_not_trained_on() -> None:

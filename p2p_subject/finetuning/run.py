@@ -172,7 +172,6 @@ class _Run:
         trained, values = self.trainer.state()
         best, reached = self.progress.state()
         state = {**trained, **best, "subject": self.embedding.detach().clone()}, {"trainer": values, "progress": reached}
-        self.folder.save(state)
         now = with_unet(self.model, self.unet, self._subject(), self._name())
         if self.settings.method == "lora":
             # Few MB each, so that the one whose grid looks best can be had. U-Nets are GB: of these the last is kept alone.
@@ -180,6 +179,8 @@ class _Run:
             made.write(self.folder.run / f"step-{self.progress.step:05d}")
         sheet = progress_grid(now, self.plan.learned, self.plan.grid, self.settings.seed, f"step {self.progress.step}")
         save_image(sheet, self.folder.run / f"grid-{self.progress.step:05d}.png")
+        # Last: a run that was killed before goes on from the checkpoint before, and makes these again.
+        self.folder.save(state)
 
     def _subject(self) -> EmbeddedSubject:
         return EmbeddedSubject(self.embedding, self.plan.subject.category)

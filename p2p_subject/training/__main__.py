@@ -33,8 +33,8 @@ def _run_arguments(
     parser.add_argument("--learning-rate", type=float, default=rate, metavar="F", help=otherwise)
     share = f"share of the steps at full rate; 1: constant ({otherwise})"
     parser.add_argument("--decay-from", type=float, default=decay_from, metavar="F", help=share)
-    preset = "as was published with --data, else what suited the miniature"
-    parser.add_argument("--warmup", help=f"steps until the full rate ({preset})", **number)
+    preset = "default: what suited the miniature; of pictures, what was published"
+    parser.add_argument("--warmup", help=f"steps until the full rate ({preset}, or a tenth of the steps)", **number)
     parser.add_argument("--weight-decay", type=float, metavar="F", help=preset)
     parser.add_argument("--betas", type=float, nargs=2, metavar="F", help=f"of AdamW's moments ({preset})")
     parser.add_argument("--ema", type=float, default=0.999, metavar="F", help="decay of the averaged weights (default 0.999)")

@@ -165,9 +165,9 @@ class SubjectTrainer(nn.Module):
     def contexts(self, ids: Tensor, subject: Tensor, split: list[int], position: Tensor | int) -> Tensor:
         """Encode the three kinds of rows: with subject, caption only, neither; (B, L, D).
 
-        `split` counts them. Without rows of a kind the first of its arguments are encoded all the same, and dropped: fused
-        kernels refuse a call without rows, and processes must agree on which weights have gradients. So `ids`, `subject` (N,
-        Nq, D) and `position` hold a row at least, unless no row ever has its subject.
+        `split` counts them. Where no row has its subject the first is encoded with one all the same, and where all have theirs
+        the empty caption is, and dropped: fused kernels refuse a call without rows, and processes must agree on which weights
+        have gradients. So `ids`, `subject` (N, Nq, D) and `position` hold a row at least, unless no row ever has its subject.
         """
         subjects, captions, _ = split
         longer = torch.cat([ids[subjects:], self.empty[ids.shape[1] :].expand(len(ids) - subjects, -1)], dim=1)
@@ -235,9 +235,9 @@ class SubjectTrainer(nn.Module):
 
     def auxiliary(self, subject: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the auxiliary heads on (B, Nq, D) embeddings, and the share of right categories."""
+        if not len(subject):
+            return 0 * (self.heads.weight.sum() + self.heads.bias.sum()), self.heads.weight.new_zeros(())
         out = self.heads(subject.flatten(1)).float()
-        if not len(out):
-            return out.sum(), out.new_zeros(())
         category, source, natural, hue = out.split([len(world.CATEGORIES), len(world.SOURCES), 1, 2], 1)
         tinted = 1 - labels[:, 2:3]
         loss = (

@@ -78,7 +78,8 @@ def _config(arguments: Namespace) -> RunConfig:
     presets = MINIATURE if getattr(arguments, "data", None) is None else PUBLISHED
     for name, value in presets.get(arguments.stage, {}).items():
         if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+            # A run that is much shorter than the published one would end before it had its full rate.
+            setattr(arguments, name, min(value, arguments.steps // 10) if name == "warmup" else value)
     if arguments.processes is None:
         alone = arguments.device == "cpu" and "WORLD_SIZE" not in os.environ
         arguments.processes = 2 if alone else 1
@@ -89,8 +90,17 @@ def _config(arguments: Namespace) -> RunConfig:
 
 
 def _record(arguments: Namespace) -> dict[str, Any]:
-    """Everything else that a run was told, for its `settings.json`."""
-    return {name: value for name, value in vars(arguments).items() if name not in RunConfig.__dataclass_fields__}
+    """Everything else that a run was told, for its `settings.json`; paths as they are from anywhere."""
+    given = {name: value for name, value in vars(arguments).items() if name not in RunConfig.__dataclass_fields__}
+    whole = {name: value.resolve() for name, value in given.items() if isinstance(value, Path)}
+    return {**given, **whole, "start_from": [path.resolve() for path in given.get("start_from", [])]}
+
+
+def _learning_record(learning: SubjectLearning) -> dict[str, Any]:
+    told = dataclasses.asdict(learning)
+    # It changes memory and time alone.
+    del told["checkpointing"]
+    return told
 
 
 def _vae(arguments: Namespace) -> None:
@@ -142,7 +152,7 @@ def _multimodal(arguments: Namespace) -> None:
         batches = pictures.batches(told["data"], arguments.batch, config.seed, threads=arguments.threads)
         pairs = multimodal.folder_pairs(told["validation"]) if "validation" in told else {}
     evaluate = multimodal.evaluation(build, pairs, config.device) if pairs else None
-    train(config, build, batches, evaluate, **_record(arguments))
+    train(config, build, batches, evaluate, **_record(arguments) | {"model": folder.resolve()})
 
 
 def learning_of(arguments: Namespace) -> SubjectLearning:
@@ -188,8 +198,8 @@ def _on_scenes(arguments: Namespace) -> None:
         grids.generation_grid(folder / "ema.safetensors", arguments.vae, folder / f"grid-{step:06d}.png")
         return {}
 
-    told = {"learning": dataclasses.asdict(learning), "scene_count": cache.count}
-    train(config, build, cache.batches(arguments.batch, config.seed), evaluate, **_record(arguments), **told)
+    told = {"learning": _learning_record(learning), "scenes": cache.count}
+    train(config, build, cache.batches(arguments.batch, config.seed), evaluate, **_record(arguments) | told)
 
 
 def _on_pictures(arguments: Namespace) -> None:
@@ -217,8 +227,8 @@ def _on_pictures(arguments: Namespace) -> None:
         return trainer
 
     batches = pictures.batches(dataset, arguments.batch, config.seed, threads=arguments.threads)
-    told = {"learning": dataclasses.asdict(learning), "pictures": len(dataset)}
-    train(config, build, batches, _drawn(arguments, dataset), **_record(arguments), **told)
+    told = {"learning": _learning_record(learning), "resolution": dataset.resolution, "pictures": len(dataset)}
+    train(config, build, batches, _drawn(arguments, dataset), **_record(arguments) | told)
 
 
 def _drawn(arguments: Namespace, dataset: pictures.PictureFolder, steps: int = 25, scale: float = 7.5) -> Evaluate:
@@ -246,7 +256,8 @@ def _drawn(arguments: Namespace, dataset: pictures.PictureFolder, steps: int = 2
 def _structure(arguments: Namespace) -> None:
     config, folder = _config(arguments), arguments.model or miniature_folder()
     pipeline = BlipDiffusionPipeline.from_pretrained(folder)
-    batches = structure.batches(scenes.Cache(arguments.scenes), arguments.batch, config.seed)
+    cache = scenes.Cache(arguments.scenes)
+    batches = structure.batches(cache, arguments.batch, config.seed)
 
     def build() -> structure.StructureTrainer:
         trainer = structure.StructureTrainer(pipeline)
@@ -254,7 +265,8 @@ def _structure(arguments: Namespace) -> None:
             trainer.load_state_dict(load_file(path))
         return trainer
 
-    train(config, build, batches, **_record(arguments))
+    told = {"model": folder.resolve(), "scenes": cache.count}
+    train(config, build, batches, **_record(arguments) | told)
 
 
 def _export(arguments: Namespace) -> None:
