@@ -3,9 +3,9 @@
     python -m benchmarks.paper --out benchmarks/pictures --curves "stage one=runs/multimodal" "stage two=runs/final"
 
 Scenes are new, subjects in hues that no training had but where they go from hue to hue. `generation.jpg`: one subject by
-several prompts; `style.jpg`: the style of one picture, the structure of another; `interpolation.jpg`: subjects on the way from one to
-another, and printed how far the judge sees their hue to have gone; `control.jpg`: subjects in given edges, and edits that keep
-to those of what was there.
+several prompts; `style.jpg`: the style of one picture, the structure of another; `interpolation.jpg`: subjects on the way from
+one to another, and printed how far the judge sees their hue to have gone; `control.jpg`: subjects in given edges, and edits that
+keep to those of what was there.
 """
 
 from __future__ import annotations
