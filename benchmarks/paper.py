@@ -4,8 +4,8 @@
 
 Scenes are new, subjects in hues that no training had but where they go from hue to hue. `generation.jpg`: one subject by
 several prompts; `style.jpg`: the style of one picture, the structure of another; `interpolation.jpg`: subjects on the way from
-one to another, and printed how far the judge sees their hue to have gone; `control.jpg`: subjects in given edges, and edits that
-keep to those of what was there.
+one to another, and printed how far the judge sees their hue to have gone; `control.jpg`: subjects in given edges, and edits
+that keep to those of what was there.
 """
 
 from __future__ import annotations
