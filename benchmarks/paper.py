@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks.judge import Judge, right_category
 from benchmarks.statistics import interval
 from p2p_subject import Editor, Subject, swap_subject
-from p2p_subject.errors import ArgumentError
+from p2p_subject.errors import ArgumentError, P2PSubjectError
 from p2p_subject.outputs import atomic_path, save_image
 from p2p_subject.training import world
 from p2p_subject.viz import Panel, contact_sheet
@@ -160,9 +160,9 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def curves(runs: Mapping[str, Path], path: Path) -> None:
-    """Plot what the logs of runs hold against steps."""
-    figure = drawn_curves({name: read_log(folder) for name, folder in runs.items()})
+def curves(logs: Mapping[str, list[dict[str, float]]], path: Path) -> None:
+    """Write a plot of what the logs of runs, by their names, hold against steps."""
+    figure = drawn_curves(logs)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
 
@@ -203,9 +203,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--curves", type=_named, nargs="*", default=[], metavar="NAME=RUN", help="training runs to plot")
     parser.add_argument("--count", type=int, default=24, help="interpolations that the judge sees (default %(default)s)")
     given = parser.parse_args(argv)
+    try:
+        logs = {name: read_log(folder) for name, folder in given.curves}
+    except P2PSubjectError as error:
+        parser.exit(2, f"error: {error}\n")
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.curves:
-        curves(dict(given.curves), given.out / "training.png")
+    if logs:
+        curves(logs, given.out / "training.png")
     torch.set_num_threads(1)
     plain, shaped = Editor.from_pretrained(), Editor.from_pretrained(controlnet="edges")
     sheets = {

@@ -22,12 +22,20 @@ def test_a_log_that_was_gone_on_with_is_read_once(tmp_path) -> None:
         paper.read_log(tmp_path / "other")
 
 
+def test_a_folder_without_a_log_is_said_before_anything_is_drawn(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        paper.main(["--out", str(tmp_path / "out"), "--curves", f"one={tmp_path}"])
+    assert stopped.value.code == 2 and "holds no log.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_curves_are_drawn_of_losses_and_shares(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "log.jsonl").write_text(json.dumps({"step": 50, "denoising": 0.2, "validation recall": 0.5}) + "\n")
-    paper.curves({"one": tmp_path, "two": tmp_path}, tmp_path / "curves.png")
+    log = paper.read_log(tmp_path)
+    paper.curves({"one": log, "two": log}, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 800
-    above, below = paper.drawn_curves({"one": paper.read_log(tmp_path)}).axes
+    above, below = paper.drawn_curves({"one": log}).axes
     assert [[line.get_label() for line in axes.lines] for axes in (above, below)] == [["denoising"], ["validation recall"]]
 
 

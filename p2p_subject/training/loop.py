@@ -91,6 +91,13 @@ class RunConfig:
                 f"{self.processes} processes on {self.device}; on GPUs start the same command by "
                 f"`accelerate launch --num_processes {self.processes} -m p2p_subject.training ...`"
             )
+        for name in ("warmup", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ArgumentError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ArgumentError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ArgumentError(f"betas={tuple(self.betas)}; expected two numbers from 0 to below 1")
         if not 0 <= self.decay_from <= 1:
             raise ArgumentError(f"decay_from must lie in [0, 1], got {self.decay_from}")
 
