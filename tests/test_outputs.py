@@ -6,6 +6,7 @@ import json
 import math
 import os
 import stat
+import warnings
 
 import numpy as np
 import pytest
@@ -286,3 +287,11 @@ class TestAtomicPath:
         modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in os.listdir(tmp_path)}
         assert modes["new"] == modes["plain"]
         assert modes["secret"] == 0o600
+
+
+def test_a_feather_of_next_to_nothing_is_a_hard_edge() -> None:
+    mask = np.zeros((5, 5), np.float32)
+    mask[2, 2] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(feather(mask, 0, 1e-310), mask)
