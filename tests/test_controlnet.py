@@ -513,8 +513,7 @@ def test_a_batch_of_edits_equals_them_one_by_one_and_threads_do_not_meet(first) 
             assert (result.latents - own).abs().max() < 1e-4
     with ThreadPoolExecutor(2) as pool:
         again = list(pool.map(lambda source: [first.edit(source, spec).latents for spec in specs], sources))
-    # Not bit for bit: a thread may have other numbers of threads to compute with, and other rounding.
-    assert all((a - b).abs().max() < 1e-4 for one, other in zip(alone, again) for a, b in zip(one, other))
+    assert all(torch.equal(a, b) for one, other in zip(alone, again) for a, b in zip(one, other))
 
 
 def test_the_attention_of_the_controlnet_is_left_alone(first) -> None:

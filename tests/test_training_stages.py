@@ -168,10 +168,11 @@ def test_a_run_does_not_go_on_with_other_data(folder, miniature_folder, tmp_path
     with pytest.raises(ArgumentError, match="holds a run of other settings"):
         call(*told, "--steps", "2", *changed)
     call(*told, "--steps", "2", "--threads", "1", "--model", os.path.relpath(miniature_folder))
-    # A run of before an argument was on record.
+    # What is not on record may have been anything.
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     (tmp_path / "run" / "settings.json").write_text(json.dumps({"seed": settings["seed"]}))
-    call(*told, "--steps", "3")
+    with pytest.raises(ArgumentError, match="batch None, now 2"):
+        call(*told, "--steps", "3")
 
 
 def test_stage_one_is_measured_on_splits_that_it_is_not_trained_on() -> None:

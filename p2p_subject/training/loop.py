@@ -143,9 +143,9 @@ def train(
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str:
-    """Which settings that both know differ, `free` ones aside, with both values, for a message; empty where none does."""
-    names = [name for name in sorted((before.keys() & now.keys()) - set(free)) if before[name] != now[name]]
-    return "; ".join(f"{name} {before[name]!r}, now {now[name]!r}" for name in names)
+    """Which settings differ, `free` ones aside, with both values, for a message; empty where none does."""
+    names = [name for name in sorted((before.keys() | now.keys()) - set(free)) if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 
 def run(config: RunConfig, build: Callable[[], nn.Module], batches: Batches, evaluate: Evaluate | None = None) -> Path:
