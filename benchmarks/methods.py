@@ -81,7 +81,10 @@ class Method:
             given |= {"alignment": "refine" if refines else "replace", "padding": "reference"}
         given["blend"] = self._blend(case, with_subject)
         if with_subject:
-            return swap_subject(case.source_words[0], Subject(list(case.references), case.category), **given)
+            subject = Subject(list(case.references), case.category)
+            if self.published:
+                return EditSpec(swap=case.source_words[0], subject=subject, **given)
+            return swap_subject(case.source_words[0], subject, **given)
         return EditSpec(prompt=case.target_prompt, **given)
 
     def _blend(self, case: Case, with_subject: bool) -> Blend | None:

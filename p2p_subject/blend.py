@@ -125,6 +125,30 @@ def binary_mask(scores: Iterable[Tensor], threshold: float, grow: int = 0, subtr
     return F.max_pool2d(mask[None], 2 * grow + 1, 1, grow)[0] if grow else mask
 
 
+def squares_around(mask: Tensor) -> Tensor:
+    """The squares around the connected parts of a mask (H, W), each centred on its part and as large as that extends.
+
+    float32 of 0 and 1, on the CPU; a square ends where the picture does. The mask itself lies within.
+    """
+    from scipy.ndimage import find_objects, label
+
+    inside = mask.cpu() > 0.5
+    found = torch.zeros(inside.shape)
+    # Diagonal neighbours are connected: the outline of one object may be thin.
+    parts, _ = label(inside.numpy(), [[1, 1, 1]] * 3)
+    for spans in find_objects(parts):
+        side = max(span.stop - span.start for span in spans)
+        found[tuple(_of_length(span, side) for span in spans)] = 1
+    return found
+
+
+def _of_length(span: slice, length: int) -> slice:
+    """The span, widened evenly to both sides to at least `length`; before the picture's first pixel nothing is left of it."""
+    start = span.start - (length - (span.stop - span.start) + 1) // 2
+    stop = span.stop + (length - (span.stop - span.start) + 1) // 2
+    return slice(max(0, start), stop)
+
+
 def blend(edited: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     """Edited latents where `mask` (h, w) is 1, the source's elsewhere; selected, not multiplied, so 0 x inf cannot occur."""
     return torch.where(mask > 0.5, edited, source)

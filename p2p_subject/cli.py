@@ -54,8 +54,9 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--mask-out", metavar="FILE", help="write where the picture was allowed to change")
     edit.add_argument("--sheet", metavar="FILE", help="write source, subject, attention, mask and result on one sheet")
     edit.add_argument("--mask", metavar="PICTURE", help="change only what is white here, instead of where the attention is")
-    edit.add_argument("--cross-replace", type=_window, metavar="F", help="share of steps in the source's layout (default 0.8)")
-    edit.add_argument("--self-replace", type=_window, metavar="F", help="same, of its shapes; or START,STOP (default 0.4)")
+    edit.add_argument("--cross-replace", type=_window, metavar="F", help="share of steps in its layout (0.8; subjects: 0.2)")
+    edit.add_argument("--self-replace", type=_window, metavar="F", help="same, of shapes; or START,STOP (0.4; subjects: 0.2)")
+    edit.add_argument("--room", type=_share, metavar="F", help="share of steps with room around WORD (0; subjects: 0.5)")
     edit.add_argument("--threshold", type=float, metavar="F", help="0 to 1, higher: a smaller mask (default: the rule's)")
     edit.add_argument("--rule", choices=("share", "peak", "heat"), help="how attention becomes a mask (default share)")
     edit.add_argument("--no-paste", dest="paste", action="store_false", help="do not restore the pixels outside the mask")
@@ -202,6 +203,10 @@ def _weight(text: str) -> tuple[str | tuple[str, int], float]:
 def _window(text: str) -> float | tuple[float, ...]:
     values = [_number(part, float, 0, 1, "a share of the steps, 0 to 1, or START,STOP") for part in text.split(",")]
     return values[0] if len(values) == 1 else tuple(values)
+
+
+def _share(text: str) -> float:
+    return _number(text, float, 0, 1, "a share of the steps, 0 to 1")
 
 
 def _count(text: str) -> int:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from p2p_subject import __version__
 from p2p_subject.control_images import KINDS
-from p2p_subject.edits import Blend, EditSpec, Subject, Word
+from p2p_subject.edits import Blend, EditSpec, Subject, Word, swap_subject
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
@@ -42,9 +42,14 @@ def edit(arguments: Namespace) -> Report:
     """Edit a picture or a saved source."""
     targets = output_files(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
     blend = _blend(arguments)
-    changes = given(arguments, "swap", "cross_replace", "self_replace")
+    changes = given(arguments, "swap", "cross_replace", "self_replace", "room")
     changes["weights"] = dict(arguments.weight or [])
-    spec = EditSpec(prompt=arguments.target_prompt, subject=subject_of(arguments), blend=blend, **changes)
+    changes |= {"prompt": arguments.target_prompt, "blend": blend}
+    subject = subject_of(arguments)
+    if subject is not None and arguments.swap is not None:
+        spec = swap_subject(arguments.swap, subject, **changes)
+    else:
+        spec = EditSpec(subject=subject, **changes)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
         raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
     opened, prompt = _open(arguments)

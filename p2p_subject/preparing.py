@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from p2p_subject.images import load_mask
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
 from p2p_subject.prompts import Plan, changes_nothing, describe
-from p2p_subject.sampling import EditRun, Target, guided
+from p2p_subject.sampling import EditRun, Target, guided, square_of
 from p2p_subject.source import Source
 from p2p_subject.tokens import TokenLayout
 from p2p_subject.visible import latent_mask
@@ -140,4 +141,7 @@ def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tupl
     if spec.blend is not None and spec.blend.mask is not None:
         fixed = latent_mask(load_mask(spec.blend.mask, source.image.size), size).to(model.device)
     context = model.structured(model.encode(made.layout, subject), source.structure)
-    return Target(context, spec.blend, made.source_words, made.target_words, fixed)
+    target = Target(context, spec.blend, made.source_words, made.target_words, fixed, made.swapped, spec.room)
+    if not spec.room or spec.blend is None or fixed is not None:
+        return target
+    return replace(target, square=square_of(target, source.attention.to(model.device), size))

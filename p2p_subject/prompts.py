@@ -30,12 +30,16 @@ class Words:
 
 @dataclass(frozen=True)
 class Plan:
-    """The target's layout, its alignment with the source's, and the words of both prompts whose attention makes the mask."""
+    """The target's layout, its alignment with the source's, and the words of both prompts whose attention makes the mask.
+
+    `swapped` is the source's word that gives way to another, or to a subject, if there is one.
+    """
 
     layout: TokenLayout
     alignment: Alignment
     source_words: Words
     target_words: Words
+    swapped: Words
 
     @property
     def makes_mask(self) -> bool:
@@ -57,7 +61,7 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
         target.columns(*word_and_index(word))
     alignment = aligned(source, target, spec)
     if spec.blend is None:
-        return Plan(target, alignment, Words(), Words())
+        return Plan(target, alignment, Words(), Words(), Words())
     rule_of(spec.blend.rule)
     named = spec.blend.source_words
     if named is None:
@@ -67,7 +71,13 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     else:
         labels = _target_label(source, target, spec, place)
     ours, theirs = _subtracted(source, target, spec.blend.subtract)
-    plan = Plan(target, alignment, _words(source, _with_subject(source, named), ours), _words(target, labels, theirs))
+    plan = Plan(
+        layout=target,
+        alignment=alignment,
+        source_words=_words(source, _with_subject(source, named), ours),
+        target_words=_words(target, labels, theirs),
+        swapped=Words() if spec.swap is None else _words(source, _with_subject(source, (spec.swap,))),
+    )
     if not plan.makes_mask and spec.blend.mask is None and spec.blend != Blend():
         raise EditSpecError(
             f"blend={spec.blend} shapes a mask, but nothing says which words make it; name them in source_words or "

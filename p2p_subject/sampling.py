@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from inversion import Move, Trajectory, guide
 from inversion.walk import Predict
-from p2p_subject.blend import binary_mask, blend, region, rule_of, subtracted_region
+from p2p_subject.blend import MaskRule, binary_mask, blend, region, rule_of, squares_around, subtracted_region
 from p2p_subject.context import Context, stack
 from p2p_subject.controller import Controller, StepControl
 from p2p_subject.edits import Blend
@@ -56,7 +56,8 @@ def guided(
 class Target:
     """What sampling needs to know of one edit: its context of one row and how its mask is made.
 
-    `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention.
+    `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention. `swapped` is the source's word that
+    gives way, `square` (h, w) what is around it (None: no matter), which may change in the first `room` of the steps.
     """
 
     context: Context
@@ -64,6 +65,15 @@ class Target:
     source_words: Words
     target_words: Words
     fixed_mask: Tensor | None = None
+    swapped: Words = field(default_factory=Words)
+    room: float = 0.0
+    square: Tensor | None = None
+
+    @property
+    def rule(self) -> tuple[MaskRule, float]:
+        """The rule that makes masks of maps, and the threshold that holds."""
+        rule = rule_of(self.blend.rule)
+        return rule, rule.threshold if self.blend.threshold is None else self.blend.threshold
 
     @property
     def reads_maps(self) -> bool:
@@ -76,17 +86,32 @@ class Target:
         return self.reads_maps and self.blend.maps == "running" and self.fixed_mask is None
 
 
-def edit_mask(target: Target, source_maps: Tensor, target_maps: Tensor, size: tuple[int, int], grow: int) -> Tensor | None:
+def square_of(target: Target, source_maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """The square (H, W), float32 of 0 and 1, around what the source shows of the swapped word, from its maps (T, h, w)."""
+    rule, threshold = target.rule
+    score = region(source_maps, target.swapped.columns, target.swapped.others, rule, size)
+    return squares_around(binary_mask([score], threshold)).to(source_maps.device)
+
+
+def edit_mask(
+    target: Target,
+    source_maps: Tensor,
+    target_maps: Tensor,
+    size: tuple[int, int],
+    grow: int,
+    square: Tensor | None = None,
+) -> Tensor | None:
     """The mask (H, W) of an edit at `size`, float32 of 0 and 1, from maps (T, h, w); None where no words make one.
 
-    Words to subtract are taken out of the regions of the edited words, or of all of the picture where none are named.
+    Words to subtract are taken out of the regions of the edited words, or of all of the picture where none are named. Of what
+    comes for the swapped word, only what lies within `square` (H, W) counts, if there is one.
     """
-    rule = rule_of(target.blend.rule)
-    threshold = rule.threshold if target.blend.threshold is None else target.blend.threshold
+    rule, threshold = target.rule
     found, taken_out = [], []
-    for maps, words in ((source_maps, target.source_words), (target_maps, target.target_words)):
+    for maps, words, within in ((source_maps, target.source_words, None), (target_maps, target.target_words, square)):
         if words.columns:
-            found.append(region(maps, words.columns, words.others, rule, size))
+            score = region(maps, words.columns, words.others, rule, size)
+            found.append(score if within is None else score * within)
         if words.subtract is not None:
             taken_out.append(subtracted_region(maps, words.subtract.columns, words.subtract.others, rule, size))
     if taken_out and not found:
@@ -162,7 +187,9 @@ class EditRun:
             waits = target.blend is None or move.index < int(target.blend.start * self.controller.steps + 1e-9)
             mask = None if waits else target.fixed_mask
             if mask is None and not waits:
-                mask = edit_mask(target, *self.seen(k), size, target.blend.grow)
+                mask = edit_mask(target, *self.seen(k), size, target.blend.grow, target.square)
+                if target.square is not None and move.index < int(target.room * self.controller.steps + 1e-9):
+                    mask = target.square if mask is None else torch.maximum(mask, target.square)
             blended.append(x if mask is None else blend(x, kept, mask))
         return torch.stack(blended)
 

@@ -15,7 +15,7 @@ from p2p_subject.blend import RULES, region
 from p2p_subject.images import INSIDE, Frame
 from p2p_subject.outputs import dilate
 from p2p_subject.prompts import Columns, Plan
-from p2p_subject.sampling import Target, edit_mask
+from p2p_subject.sampling import Target, edit_mask, square_of
 
 SUBJECT, TARGET = " (subject)", " (target)"
 """What a key of `heat_maps` ends with where the source's prompt has the same word."""
@@ -37,7 +37,8 @@ def pixel_mask(target: Target, source_maps: Tensor, target_maps: Tensor, frame: 
     before they are thresholded, so the outline is finer than the maps.
     """
     width, height = frame.original_size
-    mask = edit_mask(target, source_maps, target_maps, (height, width), grow=0)
+    square = None if target.square is None else square_of(target, source_maps, (height, width))
+    mask = edit_mask(target, source_maps, target_maps, (height, width), 0, square)
     return None if mask is None else dilate(mask.numpy(), round(target.blend.grow * cell))
 
 

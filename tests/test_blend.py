@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from p2p_subject.blend import RULES, binary_mask, blend, competitors, peak, region, rule_of, share, subtracted_region
+from p2p_subject.blend import (
+    RULES,
+    binary_mask,
+    blend,
+    competitors,
+    peak,
+    region,
+    rule_of,
+    share,
+    squares_around,
+    subtracted_region,
+)
 from p2p_subject.errors import EditSpecError
 from p2p_subject.tokens import layout
 from p2p_subject.training.tokenizers import save_clip_tokenizer
@@ -114,3 +125,29 @@ def test_competitors_are_the_other_content_words_or_the_end(tmp_path) -> None:
     assert not set(competitors(seen, seen.columns("grass"))) & set(seen.subject)
     alone = layout(tokenizer, "a cat", max_length=16)
     assert competitors(alone, alone.columns("cat")) == tuple(range(alone.end, alone.length))
+
+
+def test_squares_are_as_large_as_their_parts_extend() -> None:
+    mask = torch.zeros(9, 12)
+    mask[2, 1:6] = 1  # five wide, one high
+    mask[7, 11] = 1  # a part of its own, at the edge
+    expected = torch.zeros(9, 12)
+    expected[0:5, 1:6] = 1
+    expected[7, 11] = 1
+    assert torch.equal(squares_around(mask), expected)
+    mask[2, 5] = 0
+    mask[3, 5] = 1  # touching at a corner is one part
+    assert squares_around(mask)[0:6, 1:6].sum() >= 25
+    assert not squares_around(torch.zeros(4, 5)).any() and squares_around(torch.ones(4, 7)).all()
+
+
+@given(mask=st.tuples(sizes, st.integers(0, 10_000), st.floats(0, 1)))
+def test_squares_hold_their_mask_and_stay_near_it(mask) -> None:
+    (height, width), seed, share_inside = mask
+    inside = (torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) < share_inside).float()
+    squares = squares_around(inside)
+    assert squares.shape == inside.shape and set(squares.unique().tolist()) <= {0.0, 1.0}
+    assert (squares >= inside).all() and bool(squares.any()) == bool(inside.any())
+    # No further from the mask than half of the largest side.
+    reach = (max(height, width) + 1) // 2
+    assert (squares <= binary_mask([inside], 0.5, grow=reach)).all()

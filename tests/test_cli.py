@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from p2p_subject import cli, commands, demo, generation_commands, inverting, progress
-from p2p_subject.edits import Blend, EditSpec
+from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
 from p2p_subject.training import world
 
 
@@ -126,10 +126,16 @@ class TestEdit:
         load = commands.load_editor
         monkeypatch.setattr(commands, "load_editor", lambda *arguments: Recorder(load(*arguments)))
         options = ("--cross-replace", "0.2,0.9", "--self-replace", "0.1", "--threshold", "0.5", "--rule", "peak", "--no-paste")
-        shell.report(*SWAP, *options, "--guidance-scale", "2", "--negative-prompt", "a tree")
-        assert (seen["spec"].cross_replace, seen["spec"].self_replace) == ((0.2, 0.9), (0.0, 0.1))
+        shell.report(*SWAP, *options, "--room", "0.3", "--guidance-scale", "2", "--negative-prompt", "a tree")
+        assert (seen["spec"].cross_replace, seen["spec"].self_replace, seen["spec"].room) == ((0.2, 0.9), (0.0, 0.1), 0.3)
         assert seen["spec"].blend == Blend(rule="peak", threshold=0.5)
         assert (seen["paste"], seen["guidance_scale"], seen["negative_prompt"]) == (False, 2.0, "a tree")
+        # A subject is swapped with the settings of swap_subject, an edit by words with those of EditSpec.
+        shell.report(*SWAP)
+        subject = seen["spec"].subject
+        assert seen["spec"] == swap_subject("cat", subject) != EditSpec(swap="cat", subject=subject)
+        shell.report(*EDIT, "--swap", "cat", "--target-prompt", "a bus on grass")
+        assert seen["spec"] == EditSpec(prompt="a bus on grass", swap="cat")
 
     def test_defaults_are_the_librarys_and_help_states_them(self, capsys):
         with pytest.raises(SystemExit):
@@ -137,7 +143,10 @@ class TestEdit:
         told = " ".join(capsys.readouterr().out.split())
         spec = EditSpec(prompt="a dog")
         assert (spec.cross_replace, spec.self_replace, spec.blend.rule) == ((0.0, 0.8), (0.0, 0.4), "share")
-        assert "(default 0.8)" in told and "(default 0.4)" in told and "(default share)" in told
+        swap = swap_subject("cat", Subject(Image.new("RGB", (8, 8)), "dog"))
+        assert (swap.cross_replace, swap.self_replace, spec.room, swap.room) == ((0.0, 0.2), (0.0, 0.2), 0.0, 0.5)
+        for default in ("(0.8; subjects: 0.2)", "(0.4; subjects: 0.2)", "(0; subjects: 0.5)", "(default share)"):
+            assert default in told
 
     @pytest.mark.parametrize("terminal", [False, True])
     def test_progress_shows_on_a_terminal_only(self, shell, monkeypatch, terminal):
@@ -312,6 +321,8 @@ MISTAKES = {
     "rule without a word": ("EditSpecError", "give --swap", (*EDIT, "--target-prompt", "a dog", "--rule", "peak")),
     "rule beside a mask": ("EditSpecError", "no --mask", (*SWAP, "--mask", "{mask}", "--threshold", "0.5", "--rule", "peak")),
     "window": ("EditSpecError", "start <= stop", (*SWAP, "--cross-replace", "0.5,0.2")),
+    "room": ("UsageError", "'2'; expected a share", (*SWAP, "--room", "2")),
+    "room without a word": ("EditSpecError", "pass swap=", (*EDIT, "--target-prompt", "a bus", "--room", "0.5")),
     "share": ("UsageError", "'1.5'; expected a share", (*SWAP, "--cross-replace", "1.5")),
     "scale": ("UsageError", "expected a number of 0 or more", (*SWAP, "--guidance-scale", "nan")),
     "seed": ("UsageError", "'-1'; expected a whole number", (*SWAP, "--seed", "-1")),

@@ -14,7 +14,8 @@ from PIL import Image
 
 from inversion import ModelMismatchError, NonFiniteError, StepsError, TrajectoryError
 from inversion.trajectory import read_safetensors, write_safetensors
-from p2p_subject import Blend, Editor, EditSpec, Source, Subject, attention, combine, reweight, swap_subject
+from p2p_subject import Blend, Editor, EditSpec, Source, Subject, attention, combine, edits, reweight
+from p2p_subject.blend import RULES, binary_mask, region, squares_around
 from p2p_subject.errors import (
     ArgumentError,
     EditSpecError,
@@ -29,9 +30,15 @@ from p2p_subject.errors import (
 )
 from p2p_subject.models import fingerprint
 from p2p_subject.outputs import feather
+from p2p_subject.preparing import layout_of
 from p2p_subject.prompts import describe
 
 STEPS = 4
+
+
+def swap_subject(word, subject, **changes) -> EditSpec:
+    """A swap that follows the source in one step at least: of four, the windows of the default hold none."""
+    return edits.swap_subject(word, subject, **{"cross_replace": 0.4, "self_replace": 0.4, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +83,49 @@ def test_an_edit_runs_three_rows_in_its_windows_and_two_beyond_or_with_a_recordi
     assert editor.edit(source, half).unet_rows == 3 * 2 + 2 * 2
     assert editor.edit(editor.record(source, cross_replace=1.0), whole).unet_rows == 2 * STEPS
     assert editor.edit(source, whole, guidance_scale=1).unet_rows == 2 * STEPS
+
+
+def test_room_opens_the_square_around_the_word_at_first_and_holds_the_mask_within(editor, source, dog) -> None:
+    blend = Blend(threshold=0.9)
+    spec = swap_subject("cat", dog, room=0.5, blend=blend)
+    words = describe(layout_of(editor.model, source), spec, editor.model.layout).swapped
+    score = region(source.attention, words.columns, words.others, RULES["share"], (16, 16))
+    square = squares_around(binary_mask([score], 0.9)).bool()
+    assert 0 < square.sum() < square.numel()
+    seen = {}
+    roomy = editor.edit(source, spec, callback=lambda step, latents: seen.update({step: latents[0]}))
+    changed = [(seen[step] != source.trajectory.after(step)[0]).any(0) for step in range(STEPS)]
+    assert torch.equal(changed[0], square) and torch.equal(changed[1], square)
+    for later in changed[2:]:
+        assert (later <= square).all()
+    assert changed[-1].sum() < square.sum()
+    # At the picture's own size as well.
+    large = squares_around(binary_mask([region(source.attention, words.columns, words.others, RULES["share"], (64, 64))], 0.9))
+    mask = np.asarray(roomy.mask) > 0
+    assert mask.any() and not (mask & ~large.bool().numpy()).any()
+    narrow = editor.edit(source, replace(spec, room=0.0))
+    assert not same(narrow, roomy)
+
+
+def test_room_is_each_edits_own_and_recorded_sources_give_it(editor, source, dog) -> None:
+    spec = swap_subject("cat", dog, room=0.5, blend=Blend(threshold=0.9), cross_replace=0.5)
+    specs = [spec, replace(spec, room=0.0), EditSpec(prompt="a bus on grass", swap="cat", room=0.75)]
+    for own in (source, editor.record(source)):
+        for together, alone in zip(editor.edit(own, specs), specs):
+            assert (together.latents - editor.edit(source, alone).latents).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("blend", [None, Blend(mask=np.eye(64, dtype=np.uint8) * 255)])
+def test_a_mask_of_ones_own_and_an_edit_of_everything_take_no_room(editor, source, dog, blend) -> None:
+    spec = swap_subject("cat", dog, blend=blend)
+    assert same(editor.edit(source, spec), editor.edit(source, replace(spec, room=0.0)))
+
+
+def test_a_word_without_a_region_makes_no_room(editor, source, dog) -> None:
+    # No score exceeds 1, so the old word has no region to be around.
+    with pytest.warns(UserWarning, match="is empty"):
+        result = editor.edit(source, swap_subject("cat", dog, blend=Blend(threshold=1.0)))
+    assert torch.equal(result.latents[0], source.trajectory.clean[0])
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])

@@ -50,9 +50,10 @@ specs = st.builds(
     weights=st.dictionaries(words | st.tuples(words, st.integers(0, 3)), st.floats(-9, 9), max_size=2),
     blend=st.none() | blends | masks,
 )
+with_room = st.builds(lambda spec, room: replace(spec, swap="cat", room=room), specs, fractions)
 
 
-@given(spec=specs)
+@given(spec=specs | with_room)
 @settings(deadline=None)
 def test_specs_survive_json(spec: EditSpec) -> None:
     assert EditSpec.from_json(spec.to_json()) == spec
@@ -78,6 +79,9 @@ def test_subjects_survive_json_with_their_pixels() -> None:
         ({"prompt": "x", "cross_replace": 1.5}, r"cross_replace=1.5; expected a fraction"),
         ({"prompt": "x", "self_replace": (0.8, 0.2)}, r"start <= stop"),
         ({"prompt": "x", "self_resolution": 0}, "self_resolution=0"),
+        ({"prompt": "x", "room": 0.5}, "room=0.5 is for what comes in the place of a word; pass swap='cat'"),
+        ({"prompt": "x", "swap": "cat", "room": 1.5}, "room=1.5; expected a number between 0 and 1"),
+        ({"prompt": "x", "swap": "cat", "room": "all"}, "room='all'; expected a number between 0 and 1"),
         ({"prompt": "x", "weights": {"cat": float("nan")}}, "expected a finite number"),
         ({"prompt": "x", "weights": {"cat": float("inf")}}, "expected a finite number"),
         ({"prompt": "x", "weights": {"cat": True}}, "expected a finite number"),
@@ -218,7 +222,8 @@ def test_edits_combine() -> None:
     swap = swap_subject("cat", Subject(PICTURE, "dog"))
     blend = Blend(source_words=("cat", "hat"))
     both = combine(swap, reweight({"snowy": 2.0}), reweight({"hat": -1.0}, blend=blend))
-    assert both.subject == swap.subject and both.swap == "cat" and both.cross_replace == (0.0, 0.4)
+    assert both.subject == swap.subject and both.swap == "cat" and both.cross_replace == (0.0, 0.2)
+    assert both.room == 0.5
     assert both.weights == {"snowy": 2.0, "hat": -1.0} and both.blend == blend
     assert combine(refine("a snowy cat", blend=None), reweight({"snowy": 2.0})).blend is None
     with pytest.raises(EditSpecError, match="two edits give snowy: 2.0 and 3.0"):

@@ -98,7 +98,7 @@ def test_ancestors_edit_with_published_settings() -> None:
     swap, words = (WorldSuite(Options()).case(id) for id in ("swap-0000", "replace-0000"))
     for name in ("ddim+p2p", "null-text+p2p", "negative-prompt+p2p", "direct+p2p"):
         spec = METHODS[name].spec(swap, True)
-        assert (spec.cross_replace, spec.self_replace) == ((0, 0.8), (0, 0.4))
+        assert (spec.cross_replace, spec.self_replace, spec.room) == ((0, 0.8), (0, 0.4), 0)
         assert (spec.alignment, spec.padding) == ("refine", "reference")
         assert (spec.blend.rule, spec.blend.threshold, spec.blend.start, spec.blend.maps) == ("peak", 0.3, 0.2, "running")
         assert METHODS[name].spec(words, True).alignment == "replace" and METHODS[name].steps == 50
@@ -108,7 +108,7 @@ def test_ancestors_edit_with_published_settings() -> None:
     assert METHODS["null-text+p2p"].options == {"optimiser": "adam", "inner_steps": 10}
     lavis = METHODS["lavis"].spec(swap, True)
     assert lavis.blend.source_words == swap.source_words and lavis.blend.target_words == () and lavis.blend.start == 0
-    assert (lavis.self_resolution, lavis.alignment) == (16, "refine") and lavis.subject.category == swap.category
+    assert (lavis.self_resolution, lavis.alignment, lavis.room) == (16, "refine", 0) and lavis.subject.category == swap.category
     friendly = METHODS["edit-friendly+p2p"]
     assert friendly.spec(replace(words, suite="pie"), True).alignment == "replace"
     # 20 and 30 of 50 steps, counted from the first after the 12 that are left out.
