@@ -186,7 +186,8 @@ def variants() -> dict[str, tuple[dict[str, Any], float | None]]:
     """Settings of the sweep by name: changed fields of the edit, and the guidance scale where it is changed."""
     windows = [{"cross_replace": cross, "self_replace": own} for cross in (0.2, 0.4, 0.6, 0.8) for own in (0.0, 0.2, 0.4, 0.6)]
     blends = [{"rule": rule, "threshold": threshold} for rule in RULES for threshold in THRESHOLDS[1::2]]
-    named = [(fields, fields) for fields in windows] + [(fields, {"blend": Blend(**fields)}) for fields in blends]
+    rooms = [{"room": share} for share in (0.0, 0.25, 0.5, 0.75)]
+    named = [(fields, fields) for fields in windows + rooms] + [(fields, {"blend": Blend(**fields)}) for fields in blends]
     settings = {" ".join(f"{k}={v}" for k, v in fields.items()): (changes, None) for fields, changes in named}
     return settings | {f"guidance={scale:g}": ({}, scale) for scale in (1.5, 2.0, 3.0, 4.0, 5.0)}
 

@@ -66,9 +66,9 @@ def _require_settings(method: Method | Generation, name: str) -> None:
         raise ArgumentError(f"method {name!r}: steps={method.steps!r}; expected a whole number of 1 or more")
     if isinstance(method, Method):
         try:
-            for edit in (method.edit, method.pie):
+            for edit in (method.edit, method.by_words, method.pie):
                 own = {key: value for key, value in edit.items() if key != "weight"}
-                EditSpec(prompt="a photo", blend=Blend(**(method.blend or {})), **own)
+                EditSpec(prompt="a photo", swap="photo", blend=Blend(**(method.blend or {})), **own)
         except (P2PSubjectError, TypeError) as error:
             raise ArgumentError(f"method {name!r}: {error}") from error
 
@@ -97,14 +97,15 @@ def _json(text: str) -> Any:
 
 
 def _changed(method: MethodFunction, key: str, value: Any, name: str) -> MethodFunction:
-    own = {f.name for f in fields(method)} - {"edit", "blend", "pie", "options", "paper", "mask_input"}
+    own = {f.name for f in fields(method)} - {"edit", "by_words", "blend", "pie", "options", "paper", "mask_input"}
     if key == "guidance_scale":
         return guided(method, value)
     if key in own:
         return replace(method, **{key: value})
     if isinstance(method, Method):
         if key in {f.name for f in fields(EditSpec)} - {"prompt", "swap", "subject", "blend"}:
-            return replace(method, edit={**method.edit, key: value}, pie={**method.pie, key: value} if method.pie else {})
+            narrower = {name: {**own, key: value} for name in ("by_words", "pie") if (own := getattr(method, name))}
+            return replace(method, edit={**method.edit, key: value}, **narrower)
         if key in {f.name for f in fields(Blend)} - {"mask"} and method.blend is not None:
             return replace(method, blend={**method.blend, key: value})
     raise ArgumentError(f"method {name!r} has no setting {key!r}; fields of Method, EditSpec and Blend can be set")

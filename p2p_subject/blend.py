@@ -126,9 +126,9 @@ def binary_mask(scores: Iterable[Tensor], threshold: float, grow: int = 0, subtr
 
 
 def squares_around(mask: Tensor) -> Tensor:
-    """The squares around the connected parts of a mask (H, W), each centred on its part and as large as that extends.
+    """The squares around the connected parts of a mask (H, W), each centred on its part and about as large as that extends.
 
-    float32 of 0 and 1, on the CPU; a square ends where the picture does. The mask itself lies within.
+    float32 of 0 and 1, on the CPU. A side that cannot be centred is one longer; a square ends where the picture does.
     """
     from scipy.ndimage import find_objects, label
 
@@ -143,10 +143,9 @@ def squares_around(mask: Tensor) -> Tensor:
 
 
 def _of_length(span: slice, length: int) -> slice:
-    """The span, widened evenly to both sides to at least `length`; before the picture's first pixel nothing is left of it."""
-    start = span.start - (length - (span.stop - span.start) + 1) // 2
-    stop = span.stop + (length - (span.stop - span.start) + 1) // 2
-    return slice(max(0, start), stop)
+    """The span, widened as much before as behind to `length` or one more; it begins with the picture at the earliest."""
+    wider = (length - (span.stop - span.start) + 1) // 2
+    return slice(max(0, span.start - wider), span.stop + wider)
 
 
 def blend(edited: Tensor, source: Tensor, mask: Tensor) -> Tensor:

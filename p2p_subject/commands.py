@@ -42,14 +42,11 @@ def edit(arguments: Namespace) -> Report:
     """Edit a picture or a saved source."""
     targets = output_files(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
     blend = _blend(arguments)
-    changes = given(arguments, "swap", "cross_replace", "self_replace", "room")
+    changes = given(arguments, "cross_replace", "self_replace", "room")
     changes["weights"] = dict(arguments.weight or [])
     changes |= {"prompt": arguments.target_prompt, "blend": blend}
     subject = subject_of(arguments)
-    if subject is not None and arguments.swap is not None:
-        spec = swap_subject(arguments.swap, subject, **changes)
-    else:
-        spec = EditSpec(subject=subject, **changes)
+    spec = EditSpec(swap=arguments.swap, **changes) if subject is None else swap_subject(arguments.swap, subject, **changes)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
         raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
     opened, prompt = _open(arguments)
@@ -272,8 +269,9 @@ def control_of(arguments: Namespace, opened: Image.Image | Source | None = None)
 def _blend(arguments: Namespace) -> Blend | None:
     """How attention makes the mask; None where no word is named whose attention could."""
     options = given(arguments, "rule", "threshold")
-    if options and (arguments.swap is None or arguments.mask is not None):
-        names = " and ".join(f"--{name}" for name in options)
+    shaping = given(arguments, "rule", "threshold", "room")
+    if shaping and (arguments.swap is None or arguments.mask is not None):
+        names = " and ".join(f"--{name}" for name in shaping)
         raise EditSpecError(f"{names} shape the mask that --swap makes; give --swap and no --mask, or leave them out")
     return None if arguments.swap is None else Blend(**options)
 

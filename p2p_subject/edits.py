@@ -119,8 +119,9 @@ class EditSpec:
     their window; negative ones push away from the word. `blend` says where the picture may change; None lets all of it change.
 
     `room` is the fraction of the steps, from the noise, in which all of the square around what `swap` names may change, before
-    the mask alone may; what comes in its place widens the mask within the square alone. So it is not held to the old outline,
-    nor outgrows the place. 0 is as published; a mask of yours, or an edit of all of the picture, needs no room and takes none.
+    the mask alone may; to the end, what comes in its place widens the mask within the square alone, unless the blend names its
+    words. So it is not held to the old outline, nor outgrows the place. 0 is as published: no square. A mask of yours, and an
+    edit of all of the picture, take no room; steps that `Blend.start` or `skip` leave out count.
 
     Raises `EditSpecError` and `SubjectError` for anything that is not an edit.
     """
@@ -268,7 +269,8 @@ def swap_subject(word: Word, subject: AnySubject, **changes: Any) -> EditSpec:
 
     The subject takes a form of its own: attention follows the source for 0.2 of the steps (`cross_replace`, `self_replace`),
     where the published subject swap follows it for 0.8 and 0.4, and `room` is 0.5. On the miniature world's validation split,
-    93 of 101 swaps show the right subject so, 83 without room and at 0.4; mask IoU .82 and .81 (benchmarks/RESULTS.md).
+    93 of 101 swaps show the right subject so, 83 without room and at 0.4; mask IoU .82 and .81 (benchmarks/RESULTS.md). With
+    fewer than 5 steps, or `skip` of 0.2 or more, the windows hold none; weights, which act within, need a wider one.
     """
     if not isinstance(subject, AnySubject):
         raise SubjectError(f"subject={subject!r}; expected Subject(picture, category)")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from inversion import Move, Trajectory, TrajectoryError, reconstruct
 from p2p_subject.attention import map_size
+from p2p_subject.blend import binary_mask, region, rule_of, squares_around
 from p2p_subject.context import Context
 from p2p_subject.controller import StepControl, compile_edits
 from p2p_subject.edits import EditSpec
@@ -17,8 +17,8 @@ from p2p_subject.errors import ArgumentError
 from p2p_subject.images import load_mask
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
-from p2p_subject.prompts import Plan, changes_nothing, describe
-from p2p_subject.sampling import EditRun, Target, guided, square_of
+from p2p_subject.prompts import Plan, Words, changes_nothing, describe
+from p2p_subject.sampling import EditRun, Target, guided
 from p2p_subject.source import Source
 from p2p_subject.tokens import TokenLayout
 from p2p_subject.visible import latent_mask
@@ -141,7 +141,14 @@ def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tupl
     if spec.blend is not None and spec.blend.mask is not None:
         fixed = latent_mask(load_mask(spec.blend.mask, source.image.size), size).to(model.device)
     context = model.structured(model.encode(made.layout, subject), source.structure)
-    target = Target(context, spec.blend, made.source_words, made.target_words, fixed, made.swapped, spec.room)
-    if not spec.room or spec.blend is None or fixed is not None:
-        return target
-    return replace(target, square=square_of(target, source.attention.to(model.device), size))
+    square = _square(source, spec, made.swapped, size) if spec.room and made.swapped.columns and fixed is None else None
+    square = None if square is None else square.to(model.device)
+    return Target(context, spec.blend, made.source_words, made.target_words, fixed, square, spec.room)
+
+
+def _square(source: Source, spec: EditSpec, swapped: Words, size: tuple[int, int]) -> Tensor | None:
+    """The square (h, w) around what the source shows of the swapped word; None where it shows nothing of it."""
+    rule = rule_of(spec.blend.rule)
+    threshold = rule.threshold if spec.blend.threshold is None else spec.blend.threshold
+    shown = binary_mask([region(source.attention, swapped.columns, swapped.others, rule, size)], threshold)
+    return squares_around(shown) if shown.any() else None

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from inversion import Move, Trajectory, guide
 from inversion.walk import Predict
-from p2p_subject.blend import MaskRule, binary_mask, blend, region, rule_of, squares_around, subtracted_region
+from p2p_subject.blend import binary_mask, blend, region, rule_of, subtracted_region
 from p2p_subject.context import Context, stack
-from p2p_subject.controller import Controller, StepControl
+from p2p_subject.controller import Controller, StepControl, steps_of
 from p2p_subject.edits import Blend
 from p2p_subject.maps import MapMean
 from p2p_subject.prompts import Words
@@ -56,8 +57,8 @@ def guided(
 class Target:
     """What sampling needs to know of one edit: its context of one row and how its mask is made.
 
-    `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention. `swapped` is the source's word that
-    gives way, `square` (h, w) what is around it (None: no matter), which may change in the first `room` of the steps.
+    `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention. `square` (h, w), if any, is what lies
+    around the swapped word's region: in the first `room` of the steps all of it may change.
     """
 
     context: Context
@@ -65,15 +66,8 @@ class Target:
     source_words: Words
     target_words: Words
     fixed_mask: Tensor | None = None
-    swapped: Words = field(default_factory=Words)
-    room: float = 0.0
     square: Tensor | None = None
-
-    @property
-    def rule(self) -> tuple[MaskRule, float]:
-        """The rule that makes masks of maps, and the threshold that holds."""
-        rule = rule_of(self.blend.rule)
-        return rule, rule.threshold if self.blend.threshold is None else self.blend.threshold
+    room: float = 0.0
 
     @property
     def reads_maps(self) -> bool:
@@ -86,29 +80,21 @@ class Target:
         return self.reads_maps and self.blend.maps == "running" and self.fixed_mask is None
 
 
-def square_of(target: Target, source_maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """The square (H, W), float32 of 0 and 1, around what the source shows of the swapped word, from its maps (T, h, w)."""
-    rule, threshold = target.rule
-    score = region(source_maps, target.swapped.columns, target.swapped.others, rule, size)
-    return squares_around(binary_mask([score], threshold)).to(source_maps.device)
-
-
 def edit_mask(
-    target: Target,
-    source_maps: Tensor,
-    target_maps: Tensor,
-    size: tuple[int, int],
-    grow: int,
-    square: Tensor | None = None,
+    target: Target, source_maps: Tensor, target_maps: Tensor, size: tuple[int, int], grow: int, open_square: bool = False
 ) -> Tensor | None:
     """The mask (H, W) of an edit at `size`, float32 of 0 and 1, from maps (T, h, w); None where no words make one.
 
-    Words to subtract are taken out of the regions of the edited words, or of all of the picture where none are named. Of what
-    comes for the swapped word, only what lies within `square` (H, W) counts, if there is one.
+    Words to subtract are taken out of the regions of the edited words, or of all of the picture where none are named. What
+    comes for the swapped word counts within the target's square alone, all of which is in the mask with `open_square`.
     """
-    rule, threshold = target.rule
+    rule = rule_of(target.blend.rule)
+    threshold = rule.threshold if target.blend.threshold is None else target.blend.threshold
+    square = None if target.square is None else _enlarged(target.square, size).to(source_maps.device)
+    # Words of the target that the user named may be anywhere.
+    limit = square if target.blend.target_words is None else None
     found, taken_out = [], []
-    for maps, words, within in ((source_maps, target.source_words, None), (target_maps, target.target_words, square)):
+    for maps, words, within in ((source_maps, target.source_words, None), (target_maps, target.target_words, limit)):
         if words.columns:
             score = region(maps, words.columns, words.others, rule, size)
             found.append(score if within is None else score * within)
@@ -116,7 +102,15 @@ def edit_mask(
             taken_out.append(subtracted_region(maps, words.subtract.columns, words.subtract.others, rule, size))
     if taken_out and not found:
         found = [torch.full_like(taken_out[0], math.inf)]
+    if open_square and square is not None:
+        # Beyond any score, so that it is above every threshold.
+        found.append(2 * square)
     return binary_mask(found, threshold, grow, taken_out) if found else None
+
+
+def _enlarged(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask (h, w) at `size`, cell by cell."""
+    return mask if tuple(mask.shape) == tuple(size) else F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
 
 
 @dataclass(frozen=True)
@@ -184,12 +178,12 @@ class EditRun:
         size = tuple(latents.shape[-2:])
         blended = []
         for k, (x, target) in enumerate(zip(latents, self.targets)):
-            waits = target.blend is None or move.index < int(target.blend.start * self.controller.steps + 1e-9)
+            steps = self.controller.steps
+            waits = target.blend is None or move.index in steps_of((0.0, target.blend.start), steps)
             mask = None if waits else target.fixed_mask
             if mask is None and not waits:
-                mask = edit_mask(target, *self.seen(k), size, target.blend.grow, target.square)
-                if target.square is not None and move.index < int(target.room * self.controller.steps + 1e-9):
-                    mask = target.square if mask is None else torch.maximum(mask, target.square)
+                open_square = move.index in steps_of((0.0, target.room), steps)
+                mask = edit_mask(target, *self.seen(k), size, target.blend.grow, open_square)
             blended.append(x if mask is None else blend(x, kept, mask))
         return torch.stack(blended)
 

@@ -15,7 +15,7 @@ from p2p_subject.blend import RULES, region
 from p2p_subject.images import INSIDE, Frame
 from p2p_subject.outputs import dilate
 from p2p_subject.prompts import Columns, Plan
-from p2p_subject.sampling import Target, edit_mask, square_of
+from p2p_subject.sampling import Target, edit_mask
 
 SUBJECT, TARGET = " (subject)", " (target)"
 """What a key of `heat_maps` ends with where the source's prompt has the same word."""
@@ -34,11 +34,10 @@ def pixel_mask(target: Target, source_maps: Tensor, target_maps: Tensor, frame: 
     """The edit's mask at the picture's own size, (H, W) float32 of 0 and 1, or None where no words make one.
 
     Mean maps (T, h, w) of source and target; `cell`: pixels of the picture a side of one latent pixel. The scores are enlarged
-    before they are thresholded, so the outline is finer than the maps.
+    before they are thresholded, so the outline is finer than the maps; a square that is open to the last step is part of it.
     """
     width, height = frame.original_size
-    square = None if target.square is None else square_of(target, source_maps, (height, width))
-    mask = edit_mask(target, source_maps, target_maps, (height, width), 0, square)
+    mask = edit_mask(target, source_maps, target_maps, (height, width), 0, open_square=target.room == 1)
     return None if mask is None else dilate(mask.numpy(), round(target.blend.grow * cell))
 
 

@@ -127,6 +127,11 @@ def test_ours_edits_with_the_editors_defaults() -> None:
     expected = swap_subject(case.source_words[0], Subject(list(case.references), case.category))
     spec = METHODS["ours"].spec(case, True)
     assert spec == replace(expected, blend=replace(expected.blend, source_words=case.source_words), subject=spec.subject)
+    roomier, words = method_of("ours[room=0.25]"), suite.case("replace-0000")
+    assert roomier.spec(case, True) == replace(spec, room=0.25) and roomier.spec(words, True).room == 0
+    best = METHODS["ours-best"]
+    assert best.spec(case, True) == spec and best.spec(words, True).cross_replace == (0, 0.4)
+    assert method_of("ours-best[cross_replace=0.6]").spec(words, True).cross_replace == (0, 0.6)
     assert METHODS["ours"].paste and not METHODS["ours"].mask_input
     given = METHODS["ours+mask"].spec(case, True).blend
     assert given.mask is not None and METHODS["ours+mask"].mask_input

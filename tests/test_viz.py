@@ -127,7 +127,7 @@ def test_sizes_and_shares():
 def plan_of(source: tuple, target: tuple, subject: range = range(0)) -> Plan:
     layout = TokenLayout("", (0,) * 8, (None,) * 8, subject)
     alignment = Alignment(torch.eye(8), torch.ones(8))
-    return Plan(layout, alignment, Words(labels=source), Words(labels=target))
+    return Plan(layout, alignment, Words(labels=source), Words(labels=target), Words())
 
 
 class TestHeatMaps:
