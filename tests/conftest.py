@@ -9,6 +9,9 @@ import pytest
 
 # The tests' networks are tiny: threads would only wait for each other, for minutes where a core is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# numba's as well, which a test may start: they would set the number of torch's in the main thread alone, and another number
+# means other kernels, so that results differ from those of other threads in their last bits.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 _TESTS = Path(__file__).resolve().parent
 

@@ -27,7 +27,7 @@ from p2p_subject.training.clipseg import ClipSeg
 from p2p_subject.training.composing import Composition, compose, draw_background, square_box, subject_box
 from p2p_subject.training.cutout_cache import INDEX, Segmenter, make_cutouts, read_cutouts
 from p2p_subject.training.cutout_stage import sheet
-from p2p_subject.training.cutouts import CutoutSettings, band, cut_out, matted, trimap, unmixed
+from p2p_subject.training.cutouts import CutoutSettings, band, cut_out, matted, require_pymatting, trimap, unmixed
 from p2p_subject.training.inputs import ModelInputs
 from p2p_subject.training.listing import Entry, read_backgrounds, read_folder
 from p2p_subject.training.pictures import CaptionedPictures, PictureFolder, batches
@@ -289,6 +289,16 @@ def test_a_mask_may_be_refined_and_large_pictures_are_made_smaller(tmp_path) -> 
     assert np.abs(refined.alpha - drawn.alpha).mean() < 0.5 * np.abs(plain.alpha - drawn.alpha).mean()
     small = cut_out(entry, CutoutSettings(side=64))
     assert small.picture.size == small.rgba.size == (64, 64) and small.alpha.shape == (64, 64)
+
+
+def test_matting_leaves_the_number_of_torchs_threads_alone(tmp_path, monkeypatch) -> None:
+    # As the real one does by starting numba's threads, which takes long.
+    (tmp_path / "pymatting.py").write_text("import torch; torch.set_num_threads(torch.get_num_threads() + 1)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pymatting", raising=False)
+    before = torch.get_num_threads()
+    assert require_pymatting().__file__.startswith(str(tmp_path)) and torch.get_num_threads() == before
+    monkeypatch.delitem(sys.modules, "pymatting")
 
 
 def test_transparency_is_taken_as_it_is_and_without_pymatting(tmp_path, monkeypatch) -> None:

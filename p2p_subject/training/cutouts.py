@@ -176,13 +176,19 @@ def unmixed(image: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def require_pymatting():
-    """pymatting, or `MissingPackageError` with what to install."""
+    """pymatting, or `MissingPackageError` with what to install. The number of torch's threads stays as it is."""
+    import torch
+
+    threads = torch.get_num_threads()
     try:
         import pymatting
     except ImportError as error:
         raise MissingPackageError(
             f"cutting out subjects by a mask or by CLIPSeg needs pymatting ({error}); pip install 'p2p_subject[training]'"
         ) from error
+    # It starts numba's threads, which sets OpenMP's number in this thread: torch's too, which kernels are chosen by.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     return pymatting
 
 
