@@ -167,9 +167,10 @@ def contrast_gradient(rank: int, world: int, folder: Path, batch: dict[str, Tens
     if world > 1:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
-    learner = trainer().train()
+    # In double precision: the position embeddings' gradients are sums that cancel, whose rounding differs between processors.
+    learner = trainer().double().train()
     own = {name: value.chunk(world)[rank] for name, value in batch.items()}
-    features = learner.qformer.visual_encoder(own["references"])
+    features = learner.qformer.visual_encoder(own["references"].double())
     learner.contrast(features, own["text_ids"], own["text_mask"])[0].backward()
     gradients = {name: p.grad / world for name, p in learner.named_parameters() if p.grad is not None}
     for gradient in gradients.values():
