@@ -137,7 +137,7 @@ def golden_cases():
     return json.loads(path.read_text())["cases"] if path.exists() else []
 
 
-@pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", golden_cases(), ids=[case["name"] for case in golden_cases()])
 def test_golden_prompts_match_the_published_formulas(case):
     from transformers import CLIPTokenizerFast
 

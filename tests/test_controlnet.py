@@ -456,12 +456,12 @@ def test_generation_is_that_of_the_pipeline_of_diffusers(editor) -> None:
     pipeline, control = editor.model.pipeline, control_image(photo(24, 16, 3), "canny", low=20, high=40)
     noise = torch.randn(1, 4, 8, 12, generator=seeded())
     own = {"latents": noise, "guidance_scale": 4.0}
-    source = editor.generate("a cat on grass", steps=STEPS, control=control, control_strength=0.7, **own)
-    sampling = {"num_inference_steps": STEPS, "height": 16, "width": 24, "controlnet_conditioning_scale": 0.7}
+    # Two steps: random networks amplify rounding in each more, and how much of it there is depends on the processor.
+    source = editor.generate("a cat on grass", steps=2, control=control, control_strength=0.7, **own)
+    sampling = {"num_inference_steps": 2, "height": 16, "width": 24, "controlnet_conditioning_scale": 0.7}
     theirs = pipeline("a cat on grass", image=control, output_type="latent", **sampling, **own).images
-    # Random networks amplify rounding, those of XL most.
-    assert (source.trajectory.clean - theirs).abs().max() < 1e-3 * theirs.abs().max()
-    free = editor.generate("a cat on grass", steps=STEPS, control=control, control_strength=0, **own)
+    assert (source.trajectory.clean - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    free = editor.generate("a cat on grass", steps=2, control=control, control_strength=0, **own)
     assert (free.trajectory.clean - theirs).abs().max() > 0.1 * theirs.abs().max()
 
 
