@@ -295,10 +295,11 @@ def test_matting_leaves_the_number_of_torchs_threads_alone(tmp_path, monkeypatch
     # As the real one does by starting numba's threads, which takes long.
     (tmp_path / "pymatting.py").write_text("import torch; torch.set_num_threads(torch.get_num_threads() + 1)")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "pymatting", raising=False)
+    # Set first, so that what was there, or that nothing was, comes back afterwards.
+    monkeypatch.setitem(sys.modules, "pymatting", None)
+    del sys.modules["pymatting"]
     before = torch.get_num_threads()
     assert require_pymatting().__file__.startswith(str(tmp_path)) and torch.get_num_threads() == before
-    monkeypatch.delitem(sys.modules, "pymatting")
 
 
 def test_transparency_is_taken_as_it_is_and_without_pymatting(tmp_path, monkeypatch) -> None:
