@@ -84,6 +84,12 @@ def rule_of(name: str) -> MaskRule:
     return RULES[name]
 
 
+def rule_and_threshold(name: str, threshold: float | None) -> tuple[MaskRule, float]:
+    """A rule by name with the threshold that holds: the rule's own for None."""
+    rule = rule_of(name)
+    return rule, rule.threshold if threshold is None else threshold
+
+
 def competitors(layout: TokenLayout, columns: Iterable[int]) -> tuple[int, ...]:
     """Columns of the content words other than `columns`; the end token and padding where the prompt has no others."""
     taken = {*columns, *layout.subject}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from inversion import Move, Trajectory, TrajectoryError, reconstruct
 from p2p_subject.attention import map_size
-from p2p_subject.blend import binary_mask, region, rule_of, squares_around
+from p2p_subject.blend import binary_mask, region, rule_and_threshold, squares_around
 from p2p_subject.context import Context
 from p2p_subject.controller import StepControl, compile_edits
 from p2p_subject.edits import EditSpec
@@ -141,14 +141,15 @@ def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tupl
     if spec.blend is not None and spec.blend.mask is not None:
         fixed = latent_mask(load_mask(spec.blend.mask, source.image.size), size).to(model.device)
     context = model.structured(model.encode(made.layout, subject), source.structure)
-    square = _square(source, spec, made.swapped, size) if spec.room and made.swapped.columns and fixed is None else None
-    square = None if square is None else square.to(model.device)
+    has_room = spec.room and made.swapped.columns and fixed is None
+    square = _square(source, spec, made.swapped, size, model.device) if has_room else None
     return Target(context, spec.blend, made.source_words, made.target_words, fixed, square, spec.room)
 
 
-def _square(source: Source, spec: EditSpec, swapped: Words, size: tuple[int, int]) -> Tensor | None:
-    """The square (h, w) around what the source shows of the swapped word; None where it shows nothing of it."""
-    rule = rule_of(spec.blend.rule)
-    threshold = rule.threshold if spec.blend.threshold is None else spec.blend.threshold
+def _square(
+    source: Source, spec: EditSpec, swapped: Words, size: tuple[int, int], device: torch.device
+) -> Tensor | None:
+    """The square (h, w), on `device`, around what the source shows of the swapped word; None where it shows nothing of it."""
+    rule, threshold = rule_and_threshold(spec.blend.rule, spec.blend.threshold)
     shown = binary_mask([region(source.attention, swapped.columns, swapped.others, rule, size)], threshold)
-    return squares_around(shown) if shown.any() else None
+    return squares_around(shown).to(device) if shown.any() else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from inversion import Move, Trajectory, guide
 from inversion.walk import Predict
-from p2p_subject.blend import binary_mask, blend, region, rule_of, subtracted_region
+from p2p_subject.blend import binary_mask, blend, region, rule_and_threshold, subtracted_region
 from p2p_subject.context import Context, stack
 from p2p_subject.controller import Controller, StepControl, steps_of
 from p2p_subject.edits import Blend
@@ -88,8 +88,7 @@ def edit_mask(
     Words to subtract are taken out of the regions of the edited words, or of all of the picture where none are named. What
     comes for the swapped word counts within the target's square alone, all of which is in the mask with `open_square`.
     """
-    rule = rule_of(target.blend.rule)
-    threshold = rule.threshold if target.blend.threshold is None else target.blend.threshold
+    rule, threshold = rule_and_threshold(target.blend.rule, target.blend.threshold)
     square = None if target.square is None else _enlarged(target.square, size).to(source_maps.device)
     # Words of the target that the user named may be anywhere.
     limit = square if target.blend.target_words is None else None
