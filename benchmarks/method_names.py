@@ -10,10 +10,19 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from benchmarks.methods import METHODS, Generation, Method, MethodFunction, Paste
 from benchmarks.suite import Case
+from p2p_subject import checks, inverting
 from p2p_subject.edits import Blend, EditSpec
 from p2p_subject.errors import ArgumentError, P2PSubjectError, did_you_mean
+
+FLAGS = ("paste", "published", "reconstructs", "subjects")
+"""Fields of `Method` that are true or false."""
+CASES_OWN = ("prompt", "swap", "subject")
+"""Fields of `EditSpec` that a case fills."""
 
 
 def names_of(text: str) -> list[str]:
@@ -62,10 +71,19 @@ def method_of(name: str, *, steps: int | None = None, guidance_scale: float | No
 
 def _require_settings(method: Method | Generation, name: str) -> None:
     """Refuse values that every case would fail with."""
-    if not isinstance(method.steps, int) or method.steps < 1:
-        raise ArgumentError(f"method {name!r}: steps={method.steps!r}; expected a whole number of 1 or more")
+    steps, scale = method.steps, method.guidance_scale
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ArgumentError(f"method {name!r}: steps={steps!r}; expected a whole number of 1 or more")
+    if scale is not None and not checks.is_number(scale, 0):
+        raise ArgumentError(f"method {name!r}: guidance_scale={scale!r}; expected a number of 0 or more, or null")
     if isinstance(method, Method):
+        for flag in FLAGS:
+            if not isinstance(value := getattr(method, flag), bool):
+                raise ArgumentError(f"method {name!r}: {flag}={value!r}; expected true or false")
+        if not checks.is_number(method.skip, 0, 1) or method.skip == 1:
+            raise ArgumentError(f"method {name!r}: skip={method.skip!r}; expected a fraction from 0 to below 1")
         try:
+            inverting.check(method.inversion, dict(method.options))
             for edit in (method.edit, method.by_words, method.pie):
                 own = {key: value for key, value in edit.items() if key != "weight"}
                 EditSpec(prompt="a photo", swap="photo", blend=Blend(**(method.blend or {})), **own)
@@ -133,11 +151,34 @@ def takes_mask(method: MethodFunction) -> bool:
 
 
 def described(method: MethodFunction) -> dict[str, Any]:
-    """The settings of a method as JSON-able values; of a user's function, a digest of the file it is in."""
-    if isinstance(method, Method | Generation | Paste):
+    """The settings of a method as JSON-able values; of a user's function, a digest of the file it is in.
+
+    With the edits that it makes, by words and with a subject, in full: what a method leaves to the library's defaults is a
+    setting too, and rows of other defaults do not belong into one folder.
+    """
+    if isinstance(method, Method):
+        return json.loads(json.dumps(asdict(method) | {"edits": _edits(method)}, default=list))
+    if isinstance(method, Generation | Paste):
         return json.loads(json.dumps(asdict(method), default=list))
     try:
         digest = hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):  # an object without a file of its own
         digest = None
     return {"function": getattr(method, "__qualname__", repr(method)), "digest": digest, "mask_input": takes_mask(method)}
+
+
+def _edits(method: Method) -> dict[str, dict[str, Any]]:
+    """Every field of the edits that a method makes of a stand-in for a case, but for what is the case's own."""
+    picture, mask = Image.new("RGB", (8, 8)), np.ones((8, 8), bool)
+    words = {"source": picture, "source_words": ("cat",), "target_words": ("dog",), "mask": mask}
+    case = Case("", "", "", 0, "a cat", "a dog", **words)
+    asked = {} if method.subjects else {"words": case}
+    asked["subject"] = replace(case, references=(picture,), category="dog")
+    found = {}
+    for kind, one in asked.items():
+        spec = method.spec(one, takes_subjects=True)
+        found[kind] = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in CASES_OWN}
+        if spec.blend is not None:
+            found[kind]["blend"] = {f.name: getattr(spec.blend, f.name) for f in fields(spec.blend) if f.name != "mask"}
+        found[kind]["weights"] = sorted(spec.weights.items())
+    return found

@@ -3,7 +3,8 @@
     python -m benchmarks.report runs/x
 
 Writes `report.md`, `report.html` (one file that needs no other), `plots/` and `sheets/` (pictures of cases, evenly from the
-worst to the best) into the folder and prints the tables. It reads what is there, so a run under way can be looked at.
+worst to the best) into the folder and prints the tables. Where methods have run different cases, a table of those that all
+have says how they compare. It reads what is there, so a run under way can be looked at.
 """
 
 from __future__ import annotations
@@ -30,14 +31,25 @@ STAR = (
 )
 
 
+MIXED = ("threads", "code", "versions")
+"""What one run should have one of."""
+
+
+def present(folder: Path, rows: Sequence[Row]) -> tuple[list[Row], int]:
+    """The rows with those of their pictures that are in the folder, and the number of the others."""
+    kept = [{k: path for k, path in row.get("pictures", {}).items() if (folder / path).is_file()} for row in rows]
+    lost = sum(len(row.get("pictures", {})) - len(own) for row, own in zip(rows, kept))
+    return [{**row, "pictures": own} for row, own in zip(rows, kept)], lost
+
+
 def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """What the figures hold for, one a line; more than one code, device or set of versions in a run is said."""
     values = settings["settings"]
     lines = [f"command: {command}" for command in settings.get("commands", [])]
     lines += [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
-    for name in ("device", "machine", "code", "versions"):
+    for name in ("device", "machine", "threads", "code", "versions"):
         found = list(dict.fromkeys(_text(row[name]) for row in rows))
-        mixed = f" (MIXED: {len(found)} in one run)" if len(found) > 1 and name in ("code", "versions") else ""
+        mixed = f" (MIXED: {len(found)} in one run)" if len(found) > 1 and name in MIXED else ""
         lines.append(f"{name}: {'; '.join(found)}{mixed}")
     failed = sum("error" in row for row in rows)
     return [*lines, f"{len(rows)} rows, {failed} failed"]
@@ -73,9 +85,11 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
     if against not in methods or not rows:
         held = f"the methods {', '.join(methods)}" if rows else "no rows"
         raise ArgumentError(f"against={against!r}; {folder} holds {held}")
+    rows, lost = present(folder, rows)
     found = sections(rows, suite, methods, against)
-    told = facts(settings, rows)
+    told = facts(settings, rows) + ([f"{lost} pictures are missing in the folder"] if lost else [])
     made = text(suite, told, found)
+    atomic_write(folder / "report.md", made)
     plots = {section.kind: plot(section, suite) for section in found}
     for name in ("plots", "sheets"):
         (folder / name).mkdir(exist_ok=True)
@@ -84,7 +98,6 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
             atomic_write(folder / "plots" / f"{file_name(section.kind)}.png", picture)
         if (cases := sheet(folder, suite, section, against)) is not None:
             save_image(cases, folder / "sheets" / f"{file_name(section.kind)}.png")
-    atomic_write(folder / "report.md", made)
     atomic_write(folder / "report.html", page(folder, suite, told, found, plots, against, shown, STAR))
     return text(suite, told, found, brief=True) if brief else made
 

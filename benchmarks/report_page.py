@@ -98,7 +98,7 @@ def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows
         asked, made = asked_of(next(iter(own.values()))), []
         for name, row in own.items():
             values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
-            if "edited" in row["pictures"]:
+            if "edited" in row.get("pictures", {}):
                 made.append((f"{label(name, {'': row})}: {', '.join(filter(None, values))}", row["pictures"]["edited"]))
         panels.append([(text, Image.open(folder / path)) for text, path in [*asked, *made]])
     title = f"{section.kind}: from the worst of {against} to its best; {', '.join(measure.title for measure in axes)}"
@@ -146,7 +146,9 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
             if x is None or y is None:
                 continue
             drawn += 1
-            errors = [[[m.scale * (v.value - v.low)], [m.scale * (v.high - v.value)]] for m, v in ((across, x), (fidelity, y))]
+            # Rounding may put the end of an interval without width on the wrong side of its mean.
+            ends = [(m.scale, v.value - v.low, v.high - v.value) for m, v in ((across, x), (fidelity, y))]
+            errors = [[[scale * max(0.0, low)], [scale * max(0.0, high)]] for scale, low, high in ends]
             axes.errorbar(
                 across.scale * x.value,
                 fidelity.scale * y.value,

@@ -87,11 +87,16 @@ def sections(rows: Sequence[Row], suite: type[Suite], methods: Sequence[str], ag
 
 
 def tables(rows: Mapping[str, Mapping[str, Row]], suite: type[Suite], against: str) -> list[Table]:
-    """The headline measures, the paired differences of one method to every other in them, and all other measures."""
+    """The headline measures, the same over the cases of all methods where they have run different ones, the paired differences
+    of one method to every other in them, and all other measures."""
     known = {measure.name: measure for measure in suite.measures}
     first = [known[name] for name in suite.headline]
     rest = [measure for measure in suite.measures if measure not in first]
     made = [_means("mean (95 % interval; n)", rows, first, suite)]
+    common = set.intersection(*(set(own) for own in rows.values()))
+    if common and any(len(own) > len(common) for own in rows.values()):
+        alike = {name: {case: row for case, row in own.items() if case in common} for name, own in rows.items()}
+        made.append(_means(f"the same over the {len(common)} cases that every method has", alike, first, suite))
     if against in rows and len(rows) > 1:
         made.append(_differences(rows, first, against, suite))
     return [*made, _means("the other measures", rows, rest, suite)]

@@ -21,16 +21,17 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.method_names import applies, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
-from benchmarks.run_folder import ROWS, Row, RunError, RunFolder, read_rows
+from benchmarks.run_folder import ROWS, Row, RunError, RunFolder, read_rows, require_folder
 from benchmarks.suite import Case, Options, Suite
 from benchmarks.suites import SUITES, open_suite
 from benchmarks.worker import Settings, Worker, begin, require_possible, work
 from p2p_subject.editor import Editor
-from p2p_subject.errors import ArgumentError, P2PSubjectError
+from p2p_subject.errors import ArgumentError, ModelError, P2PSubjectError
 
 Task = tuple[str, str, str]
 """Method, kind and id of a case."""
@@ -76,6 +77,16 @@ def record(settings: Settings, suite: Suite) -> dict[str, Any]:
     }
 
 
+def require_devices(devices: Sequence[str]) -> None:
+    """Raise `ModelError` for a device that is not to be had, which would end a process of a pool without a word."""
+    for device in devices:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            said = str(error).splitlines()[0]
+            raise ModelError(f"device {device!r} is not to be had here ({said}); try --devices cpu") from error
+
+
 def rows_of(settings: Settings, tasks: Sequence[Task], devices: Sequence[str], processes: int) -> Iterator[Row]:
     """Rows of the tasks as they are done, by `processes` processes on each device; one alone is this process."""
     if len(devices) * processes == 1:
@@ -110,6 +121,8 @@ def measure(
     suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
     tasks = plan(suite, methods)
     folder = RunFolder(settings.out)
+    require_folder(settings.out)
+    require_devices(devices)
     with folder.opened(record(settings, suite), {name: described(method) for name, method in methods.items()}, command):
         if retry:
             folder.forget_failures((name, id) for name, _, id in tasks)

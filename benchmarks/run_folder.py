@@ -51,10 +51,13 @@ class RunFolder:
         left of its last line is cut off. Raises `RunError` for other settings, for damaged rows, and where another process
         holds the folder. `command`, if any, is noted, so that the report can say how to repeat the run.
         """
+        require_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("a") as lock:
             _lock(lock, self.path)
             known = read_settings(self.path) if (self.path / SETTINGS).exists() else None
+            if known is None and (self.path / ROWS).exists() and (self.path / ROWS).stat().st_size:
+                raise RunError(f"{self.path} holds rows but no {SETTINGS} that says of what; put it back or give another --out")
             merged = _merged(known, settings, methods, self.path)
             written = (self.path / ROWS).read_bytes() if (self.path / ROWS).exists() else b""
             whole = written[: written.rfind(b"\n") + 1]
@@ -109,6 +112,14 @@ class RunFolder:
                 save_image(picture, self.path / path)
             paths[name] = path.as_posix()
         return paths
+
+
+def require_folder(path: Path) -> None:
+    """Raise `RunError` where `path` is no folder that can be written into, and none can be made; makes nothing."""
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written into" if there.is_dir() else "is a file"
+        raise RunError(f"--out {path}: {there} {why}; expected a folder, there or to be made")
 
 
 def read_settings(path: Path) -> dict[str, Any]:

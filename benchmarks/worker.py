@@ -96,7 +96,7 @@ class Worker:
         method = self.methods[name]
         row: Row = {"suite": self.suite.name, "kind": kind, "case": id, "method": name, "mask_input": takes_mask(method)}
         row |= {"seed": None, "device": self.device, "threads": self.settings.threads, "model": self.fingerprint}
-        row |= {"trajectory": None} | environment()
+        row |= {"trajectory": None, "pictures": {}} | environment()
         values: Values = {}
         began = time.time()
         with warnings.catch_warnings(record=True) as told:
@@ -111,7 +111,7 @@ class Worker:
                 row["trajectory"] = edited.trajectory
                 row["pictures"] |= self.folder.save_edited(name, case, edited)
                 found = self.suite.measure(case, edited, row["mask_input"]) | cost | dict(edited.cost)
-                values = {name: finite(value) for name, value in found.items()}
+                values = {name: finite(value, name) for name, value in found.items()}
             except Exception as error:
                 row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-4)}
         row["metrics"] = {measure.name: values.get(measure.name) for measure in self.suite.measures}
@@ -124,9 +124,11 @@ def unanswered(case: Case) -> Case:
     return replace(case, mask=None, truth=None, source_mask=None, reference_mask=None, facts=None)
 
 
-def finite(value: Any) -> float | None:
-    """A value as a number, or None for one that is none: counted as missing, and never averaged."""
-    return float(value) if value is not None and math.isfinite(value) else None
+def finite(value: Any, name: str) -> float | None:
+    """A value as a number, or None where a case has none. Raises `SuiteError` for NaN and infinity, which are failures."""
+    if value is not None and not math.isfinite(value):
+        raise SuiteError(f"the measure {name!r} is {value}; expected a finite number, or None for what the case has none of")
+    return None if value is None else float(value)
 
 
 def require_fitting(edited: Any, case: Case, name: str) -> None:

@@ -23,10 +23,11 @@ from benchmarks.method_names import described, method_of, names_of
 from benchmarks.methods import METHODS, Method, Paste
 from benchmarks.report_tables import Section, grouped, sections, shared, worst_first
 from benchmarks.run_folder import RunError, RunFolder, file_name, read_rows, read_settings
-from benchmarks.suite import Case, Edited, Options
+from benchmarks.suite import Case, Edited, Options, SuiteError
 from benchmarks.worker import Settings, finite
 from benchmarks.world_suite import WorldSuite
 from p2p_subject.controller import steps_of
+from p2p_subject.edits import EditSpec
 from p2p_subject.errors import ArgumentError, ModelError
 from tests.tiny_pipelines import stable_diffusion_1
 
@@ -165,6 +166,18 @@ def test_methods_are_named_with_settings() -> None:
     assert method_of("generate-only[steps=3]").steps == 3
     assert described(changed)["blend"]["threshold"] == 0.4
     assert json.dumps(described(method_of("null-text+p2p")))
+    assert method_of("ours[paste=false,guidance_scale=null,skip=0.2]").paste is False
+
+
+def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = described(METHODS["ours"])["edits"]
+    assert (edits["words"]["cross_replace"], edits["words"]["room"]) == ([0, 0.8], 0)
+    assert (edits["subject"]["cross_replace"], edits["subject"]["room"]) == ([0, 0.2], 0.5)
+    assert edits["subject"]["blend"]["source_words"] == ["cat"] and described(METHODS["lavis"])["edits"].keys() == {"subject"}
+    # Another default of the library is another method, whatever its own fields say.
+    other = lambda word, subject, **changes: EditSpec(swap=word, subject=subject, **{"room": 0.25, **changes})  # noqa: E731
+    monkeypatch.setattr("benchmarks.methods.swap_subject", other)
+    assert described(METHODS["ours"]) != json.loads(json.dumps(described(METHODS["ours"]) | {"edits": edits}))
 
 
 @pytest.mark.parametrize(
@@ -178,6 +191,14 @@ def test_methods_are_named_with_settings() -> None:
         ("edit-friendly+p2p[threshold=0.2]", "no setting 'threshold'"),
         ("ours[mask_input=true]", "no setting 'mask_input'"),
         ("ours[steps=abc]", "steps='abc'; expected a whole number"),
+        ("ours[steps=true]", "steps=True; expected a whole number"),
+        ("ours[paste=False]", "paste='False'; expected true or false"),
+        ("direct+p2p[published=null]", "published=None; expected true or false"),
+        ("ours[skip=1]", "skip=1; expected a fraction"),
+        ("ours[guidance_scale=NaN]", "guidance_scale=nan; expected a number"),
+        ("null-text+p2p[guidance_scale=x]", "guidance_scale='x'; expected a number"),
+        ("ours[inversion=directly]", "method='directly'"),
+        ("null-text+p2p[inversion=ddim]", "no option 'optimiser'"),
         ("ours[cross_replace=2]", "cross_replace"),
         ("ours[threshold=x]", "threshold"),
         ("no_such_module:f", "cannot be imported"),
@@ -203,7 +224,10 @@ def test_the_meter_counts_calls_rows_and_gradients() -> None:
     assert (cost["nfe"], cost["rows"], cost["backward_rows"]) == (2, 5, 2)
     assert cost["seconds"] > 0 and cost["cpu_seconds"] >= 0
     net(torch.ones(3, 2))
-    assert cost["nfe"] == 2 and finite(float("nan")) is None and finite(True) == 1.0
+    assert cost["nfe"] == 2 and finite(None, "rows") is None and finite(True, "rows") == 1.0
+    for value in (float("nan"), float("-inf")):
+        with pytest.raises(SuiteError, match="measure 'rows' is"):
+            finite(value, "rows")
 
 
 # Runs
@@ -326,6 +350,7 @@ def test_a_first_case_that_cannot_be_read_is_a_row(miniature_folder: Path, tmp_p
         ("paste", "swap-0001", False),
         ("lavis", "swap-0001", False),
     ]
+    assert "2 failed" in report.report(tmp_path)
 
 
 def test_cases_of_one_subject_count_as_one() -> None:
@@ -371,6 +396,28 @@ def test_a_killed_run_goes_on_with_nothing_lost_or_doubled(miniature_folder: Pat
     assert [row["case"] for row in rows] == [f"swap-000{n}" for n in range(4)] and not any("error" in row for row in rows)
     after = (mine / "out" / "rows.jsonl").read_bytes()
     assert after.startswith(before) and after.count(b"\n") == 4
+
+
+def test_a_folder_that_cannot_be_a_runs_is_refused_before_a_model_is_loaded(
+    miniature_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.Editor, "from_pretrained", lambda *given: pytest.fail("no model is needed to refuse this"))
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "within"):
+        with pytest.raises(RunError, match=r"file is a file; expected a folder"):
+            run.measure(settings_of(miniature_folder, out, "paste"))
+    with pytest.raises(ModelError, match="device 'cuda:99' is not to be had here"):
+        run.measure(settings_of(miniature_folder, tmp_path / "out", "paste"), devices=("cpu", "cuda:99"))
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_rows_without_their_settings_are_not_added_to(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).opened({"steps": 50}, {}) as folder:
+        folder.add({"method": "m", "case": "c"})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(RunError, match=r"holds rows but no run.json"), RunFolder(tmp_path).opened({"steps": 3}, {}):
+        pass
+    assert not (tmp_path / "run.json").exists() and len(read_rows(tmp_path)) == 1
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path: Path) -> None:
@@ -454,7 +501,8 @@ def made_run(folder: Path) -> Path:
             values = dict.fromkeys((m.name for m in WorldSuite.measures), None) | {"success": success, "outside_psnr": psnr}
             values |= {"mask_iou": 0.5 if name == "good" else None, "rows": 10.0}
             row = {"suite": "world", "kind": "swap", "case": f"swap-{number:04d}", "method": name, "mask_input": name == "bad"}
-            row |= {"device": "cpu", "machine": "here", "code": "c", "versions": {"torch": "2"}, "metrics": values} | prompts
+            row |= {"device": "cpu", "machine": "here", "threads": 1, "code": "c", "versions": {"torch": "2"}}
+            row |= {"metrics": values} | prompts
             rows.append(row | {"pictures": pictures})
     failed = rows[-1]
     failed |= {"error": "ValueError: <oops>", "metrics": dict.fromkeys(failed["metrics"]), "pictures": {}}
@@ -500,6 +548,18 @@ def test_tables_hold_mean_interval_n_and_paired_differences(tmp_path: Path) -> N
     assert section.cases == 6
 
 
+def test_methods_of_other_cases_are_compared_on_those_of_all(tmp_path: Path) -> None:
+    rows = [row for row in read_rows(made_run(tmp_path)) if row["method"] == "good" or row["case"] < "swap-0002"]
+    (section,) = sections(rows, WorldSuite, ["good", "bad"], "good")
+    whole, alike, differences, rest = section.tables
+    assert alike.title == "the same over the 2 cases that every method has"
+    values = {table.title: {line[0]: dict(zip(table.columns, line)) for line in table.lines} for table in (whole, alike)}
+    assert values[whole.title]["good"]["PSNR outside, dB ↑"].startswith("32.50 (")
+    assert values[alike.title]["good"]["PSNR outside, dB ↑"].startswith("30.50 (")
+    assert values[alike.title]["bad *"] == values[whole.title]["bad *"]
+    assert differences.title.startswith("good less") and rest.title == "the other measures"
+
+
 def test_the_worst_cases_of_a_method_come_first(tmp_path: Path) -> None:
     (section,) = sections(read_rows(made_run(tmp_path)), WorldSuite, ["good", "bad"], "good")
     order = [int(case[-1]) for case in worst_first(section, WorldSuite, "bad")]
@@ -531,6 +591,16 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     again = made_run(tmp_path / "again")
     report.report(again, against="bad", shown=4)
     assert (again / "report.html").read_text() == html
+
+
+def test_a_report_goes_without_pictures_that_are_gone(tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    pytest.importorskip("matplotlib")
+    folder = made_run(tmp_path)
+    for number in range(2):
+        (folder / "pictures" / f"good-{number}-edited.png").unlink()
+    assert "2 pictures are missing in the folder" in report.report(folder)
+    assert Page((folder / "report.html").read_text()).text.count("missing in the folder") == 1
 
 
 def test_a_report_of_real_rows_is_written(everything: Path) -> None:
