@@ -5,7 +5,8 @@
 
 FOLDER is `dataset` of the public repository, or the repository itself. DINO and CLIP-I are the mean cosine of the generated
 picture with every real one of its subject, CLIP-T its cosine with the prompt without the subject's token, by DINO ViT-S/16 and
-CLIP ViT-B/32 as published. Methods get every picture of the subject; each picture they generate is a case with its own seed.
+CLIP ViT-B/32 as published. Photos are turned upright as their cameras say. Methods get every picture of the subject; each
+picture they generate is a case with its own seed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ ORIGIN = "https://github.com/google/dreambooth (the folder 'dataset')"
 LIST = "prompts_and_classes.txt"
 LIVE = ("dog", "cat")
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
+SUBJECTS, PROMPTS = 30, 25
+"""Subjects, and prompts of objects and of live subjects each, of the whole data set."""
 PICTURES = 4
 """Pictures a prompt, as published: 30 x 25 x 4 = 3,000."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -48,6 +51,15 @@ class Subjects:
     def kind(self, subject: str) -> str:
         """Which prompts are the subject's."""
         return "live" if self.classes[subject] in LIVE else "object"
+
+    def record(self) -> dict[str, str]:
+        """Which subjects and prompts these are, and how many of the published ones."""
+        prompts = "+".join(str(len(own)) for own in self.prompts.values())
+        return {
+            "list": list_digest(self),
+            "subjects": f"{len(self.classes)} of {SUBJECTS}",
+            "prompts": f"{prompts} of {PROMPTS}+{PROMPTS}",
+        }
 
 
 def read_subjects(folder: Path | None, what: str, origin: str = ORIGIN) -> Subjects:
@@ -71,7 +83,10 @@ def read_subjects(folder: Path | None, what: str, origin: str = ORIGIN) -> Subje
 
 
 def mean_cosine(vector: np.ndarray, others: Sequence[np.ndarray]) -> float:
-    """Mean cosine of a feature vector with several others."""
+    """Mean cosine of a feature vector (D,) with several others, -1 to 1; higher is closer.
+
+    Of a generated picture with a subject's real ones: DINO and CLIP-I (Ruiz et al. 2023, section 4.2).
+    """
     return float(np.mean([metrics.cosine(vector, other) for other in others]))
 
 
@@ -130,6 +145,9 @@ class DreamBench(Suite):
     def prepare(self) -> None:
         self.networks.load()
 
+    def fingerprints(self) -> dict[str, str]:
+        return self.networks.fingerprints()
+
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         values: Values = {}
         clip, dino = self.networks.clip, self.networks.dino
@@ -148,7 +166,7 @@ class DreamBench(Suite):
         return self._known[case.facts]
 
     def record(self) -> dict[str, Any]:
-        return {"list": list_digest(self.subjects), "seed": self.options.seed, **self.networks.record()}
+        return self.subjects.record() | {"seed": self.options.seed, **self.networks.record()}
 
 
 def real_features(networks: features.Networks, pictures: Sequence[Image.Image]) -> dict[str, list[np.ndarray]]:

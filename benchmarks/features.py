@@ -1,20 +1,24 @@
 """Features of pictures and texts by published networks: CLIP and DINO from transformers, LPIPS from the package of its authors.
 
-Networks are loaded by hub name or local folder, as safetensors, in single precision. Pictures are prepared here with Pillow
-alone, in one way on every machine: image processors of different releases resize differently, which moves scores by a point.
+Networks are loaded by hub name or local folder, as safetensors, in single precision. Of a hub repository that has none,
+transformers takes the conversion that is proposed there; without a connection, a folder will do that
+`ViTModel.from_pretrained(NAME).save_pretrained(FOLDER)` has made elsewhere. Pictures are prepared with Pillow alone, in one
+way everywhere: image processors of different releases resize differently, which moves scores by a point.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch import Tensor
 
 from p2p_subject.errors import ModelError, did_you_mean
@@ -24,16 +28,22 @@ IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NETS = ("squeeze", "alex", "vgg")
 
 
+def with_shorter_side(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """Width and height that a picture of `size` has when its shorter side is `shorter`.
+
+    Truncated, in torchvision's order of operations: a scale computed first makes 223 of 224 from some squares.
+    """
+    width, height = size
+    return (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+
+
 def prepared(image: Image.Image, shorter: int, side: int, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
     """A picture with its shorter side at `shorter` pixels (bicubic), cut to the middle `side` x `side`, normalised.
 
     (1, 3, side, side) float32. CLIP's own preparation with `shorter` = `side`; with 256 and 224 that of DINO's authors, which
     DreamBooth's figures are made with (google/dreambooth#3).
     """
-    width, height = image.size
-    scale = shorter / min(width, height)
-    # Truncated, as torchvision does.
-    size = (shorter, int(height * scale)) if width <= height else (int(width * scale), shorter)
+    size = with_shorter_side(image.size, shorter)
     resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
     pixels = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32) / 255
@@ -115,7 +125,7 @@ class Dino:
 
     def published_keys(self, image: Image.Image) -> np.ndarray:
         """The same as PIE-Bench's code prepares pictures: values up to 255 are normalised as if they were up to 1, and resized
-        without smoothing. Its published structure distances are made of these."""
+        without smoothing. Its published structure distances are made of these. For square pictures, which PIE-Bench's are."""
         pixels = torch.from_numpy(np.asarray(image.convert("RGB"), np.float32)).permute(2, 0, 1)[None]
         size = (self.side, self.side)
         return self._keys(torch.nn.functional.interpolate(pixels, size, mode="bilinear", align_corners=False))
@@ -135,12 +145,17 @@ class Dino:
 class Lpips:
     """LPIPS (Zhang et al. 2018), version 0.1: perceptual distance of two pictures, 0 (equal) to about 1, lower is closer.
 
-    The weights are those of the package and of torchvision. Raises `ModelError` where one of the two is not installed.
+    `name` is one of `NETS`, whose weights are those of the package and of torchvision's download; or a folder with all of them
+    in one file, such as `squeeze.safetensors`, made by `safetensors.torch.save_model(lpips.LPIPS(net="squeeze"), PATH)`. Raises
+    `ModelError` for other names, folders without such a file, and where one of the two packages is not installed.
     """
 
-    def __init__(self, net: str = "squeeze", device: str = "cpu") -> None:
-        if net not in NETS:
-            raise ModelError(f"lpips={net!r};{did_you_mean(net, NETS)} expected one of {', '.join(NETS)}, or 'none'")
+    def __init__(self, name: str = "squeeze", device: str = "cpu") -> None:
+        files = {net: Path(name) / f"{net}.safetensors" for net in NETS}
+        held = [net for net, file in files.items() if file.is_file()]
+        if name not in NETS and len(held) != 1:
+            wanted = f"one of {', '.join(NETS)}, a folder with one of {', '.join(f.name for f in files.values())}, or 'none'"
+            raise ModelError(f"lpips={name!r};{did_you_mean(name, NETS)} expected {wanted}")
         try:
             from lpips import LPIPS
         except ModuleNotFoundError as error:
@@ -148,8 +163,17 @@ class Lpips:
                 f"LPIPS needs the package {error.name!r}: install lpips, and the torchvision that belongs to your torch, or "
                 "pass lpips='none' to leave its metrics out"
             ) from error
-        self.name, self.device = net, torch.device(device)
-        self.model = LPIPS(net=net, spatial=True, verbose=False).to(self.device).eval()
+        self.name, self.device = name, torch.device(device)
+        if name in NETS:
+            model = LPIPS(net=name, spatial=True, verbose=False)
+        else:
+            model = LPIPS(net=held[0], pretrained=False, pnet_rand=True, spatial=True, verbose=False)
+            try:
+                load_model(model, files[held[0]])
+            except (RuntimeError, SafetensorError) as error:
+                said = f"{files[held[0]]} is not the weights of LPIPS ({str(error).splitlines()[0]})"
+                raise ModelError(f"{said}; benchmarks.features.Lpips says how they are saved") from error
+        self.model = model.to(self.device).eval()
 
     @torch.no_grad()
     def map(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -184,6 +208,12 @@ class Networks:
         """Load all of them; `ModelError` for one that is not there."""
         _ = self.clip, self.dino, self.lpips
 
+    def fingerprints(self) -> dict[str, str]:
+        """Short hashes of the weights that are loaded, by network; the same wherever they came from."""
+        # What a cached property has made is in the object's own dictionary.
+        made = {kind: self.__dict__.get(kind) for kind in self.names}
+        return {kind: _fingerprint(network) for kind, network in made.items() if network is not None}
+
     def _made(self, kind: type, name: str | None) -> Any:
         return None if name in (None, "none") else kind(name, self.device)
 
@@ -201,6 +231,14 @@ class Networks:
     def lpips(self) -> Lpips | None:
         """LPIPS."""
         return self._made(Lpips, self.names["lpips"])
+
+
+@cache
+def _fingerprint(network: Clip | Dino | Lpips) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(network.model.state_dict().items()):
+        digest.update(name.encode() + values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def weights_digest(source: Path) -> str:

@@ -13,6 +13,8 @@ import math
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
+from p2p_subject.errors import ModelError
+
 CEILING = 100.0
 """dB that equal pictures count as in means, which no infinity may enter; 8 bits at 64x64 show 89 dB at most."""
 
@@ -35,6 +37,8 @@ def _require_masks(a: np.ndarray, b: np.ndarray) -> None:
 def mse(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
     """Mean squared error of two pictures scaled to [0, 1], over the pixels of `mask`; 0 (equal) to 1, lower is closer.
 
+    Per pixel and channel (Wang and Bovik 2009).
+
     Raises `ValueError` for pictures or masks that do not fit, and for a mask without pixels.
     """
     _require(a, b, mask)
@@ -43,9 +47,9 @@ def mse(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
 
 
 def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio of two pictures, in dB, over the pixels of `mask`; higher is closer, infinite when equal.
+    """Peak signal-to-noise ratio of two pictures, 0 dB up, over the pixels of `mask`; higher is closer, infinite when equal.
 
-    10 log10 of one over `mse`. Raises `ValueError` as `mse` does.
+    10 log10 of one over `mse` (Wang and Bovik 2009). Raises `ValueError` as `mse` does.
     """
     error = mse(a, b, mask)
     return math.inf if error == 0 else -10 * math.log10(error)
@@ -151,6 +155,14 @@ def published_psnr(a: np.ndarray, b: np.ndarray, edited: np.ndarray) -> float:
 def published_mse(a: np.ndarray, b: np.ndarray, edited: np.ndarray) -> float:
     """PIE-Bench's background MSE of pictures in [0, 1], 0 to 1; lower is closer, and it falls with the area of `edited`."""
     return mse(without(a, edited), without(b, edited))
+
+
+def require_torchmetrics() -> None:
+    """Raise `ModelError` where `published_ssim` cannot be computed, before anything is edited for it."""
+    try:
+        import torchmetrics.functional.image  # noqa: F401
+    except ImportError as error:
+        raise ModelError("PIE-Bench's SSIM needs torchmetrics; install the extra p2p_subject[benchmarks]") from error
 
 
 def published_ssim(a: np.ndarray, b: np.ndarray, edited: np.ndarray) -> float:

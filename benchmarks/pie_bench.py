@@ -5,9 +5,9 @@
     FOLDER/annotation_images/<image_path>
 
 Brackets in the prompts mark the difference and are no part of them. The mask is a flat list of starts and lengths over the
-rows of the picture; the published code adds the outermost pixels to it, and so does this. The seven published metrics are
-measured as the published code measures them, and beside them normalised by area. A picture whose mask is all of it has no
-background: the published code leaves it out of the means (556 of 700 remain), here it is a case without a value, and n says so.
+rows of the picture, 512x512 always. The seven published metrics are measured as the published code measures them, with the
+outermost pixels counted as edited, and beside them normalised by area. A picture whose mask is all of it has no background:
+the published code writes "nan" there, here it is a case without a value, and n says so.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ KINDS = {
     "9": "change-style",
 }
 """Editing types by `editing_type_id`."""
+ENTRIES, SIDE = 700, 512
+"""Pictures of the whole data set, and pixels a side of each."""
 FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_type_id", "blended_word", "mask")
 CLIP, DINO, LPIPS = "openai/clip-vit-large-patch14", "facebook/dino-vitb8", "squeeze"
 """The networks of the published code."""
 
 
 def decoded(lengths: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
-    """The mask of run lengths [start, length, start, length, ...] over a picture's rows: (H, W) bool, its outermost pixels set.
+    """The mask of run lengths [start, length, start, length, ...] over a picture's rows: (H, W) bool.
 
     Runs beyond the picture are cut, as published. Raises `SuiteError` for a list that is not one of pairs.
     """
@@ -55,9 +57,14 @@ def decoded(lengths: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
     flat = np.zeros(shape[0] * shape[1], bool)
     for start, length in runs.reshape(-1, 2):
         flat[start : start + length] = True
-    mask = flat.reshape(shape)
-    mask[[0, -1], :] = mask[:, [0, -1]] = True
-    return mask
+    return flat.reshape(shape)
+
+
+def bordered(mask: np.ndarray) -> np.ndarray:
+    """The mask with the picture's outermost pixels, as the published code compares with: annotations may miss the rim."""
+    rimmed = mask.copy()
+    rimmed[[0, -1], :] = rimmed[:, [0, -1]] = True
+    return rimmed
 
 
 def plain(prompt: str) -> str:
@@ -83,7 +90,12 @@ class PieBench(Suite):
     pooled = True
     measures = (
         Measure("published_structure", "published structure x 10^3", False, scale=1e3, about="of pixels up to 255"),
-        Measure("published_psnr", "published PSNR", unit="dB", about="of the background; the edited region counts as no error"),
+        Measure(
+            "published_psnr",
+            "published PSNR",
+            unit="dB",
+            about="of the background; the edited region counts as no error; 100 at most",
+        ),
         Measure("published_lpips", "published LPIPS x 10^3", False, scale=1e3, about="of the background, SqueezeNet"),
         Measure("published_mse", "published MSE x 10^4", False, scale=1e4, about="as PSNR"),
         Measure("published_ssim", "published SSIM x 10^2", scale=100, about="of the background over the whole frame"),
@@ -94,7 +106,7 @@ class PieBench(Suite):
         Measure("lpips", "LPIPS x 10^3", False, scale=1e3),
         Measure("mse", "MSE x 10^4", False, scale=1e4),
         Measure("ssim", "SSIM x 10^2", scale=100),
-        Measure("clip_edited", "CLIP edited", failed=0.0, about="of the edited region's box, nothing black"),
+        Measure("clip_edited", "CLIP edited", failed=0.0, about="of a square around the edited region, nothing black"),
         Measure("mask_iou", "mask IoU", failed=0.0, about="with the annotated region"),
         *COSTS,
     )
@@ -128,6 +140,16 @@ class PieBench(Suite):
                 f"{len(missing)} of {len(self.entries)} pictures are missing in {self.folder / PICTURES}, such as "
                 f"{', '.join(missing[:3])}; get them from {ORIGIN}"
             )
+        for key, entry in self.entries.items():
+            try:
+                decoded(entry["mask"], (SIDE, SIDE))
+                with Image.open(self.folder / PICTURES / entry["image_path"]) as picture:
+                    size = picture.size
+            except (SuiteError, OSError) as error:
+                raise SuiteError(f"entry {key!r}: {error}; get it again from {ORIGIN}") from None
+            if size != (SIDE, SIDE):
+                # Masks count pixels of this size: on another they would mark another region.
+                raise SuiteError(f"entry {key!r}: a picture of {size[0]}x{size[1]}; expected {SIDE}x{SIDE}, as from {ORIGIN}")
 
     def all_ids(self) -> Mapping[str, Sequence[str]]:
         found: dict[str, list[str]] = {kind: [] for kind in self.kinds}
@@ -141,8 +163,8 @@ class PieBench(Suite):
         entry = self.entries[id]
         picture = load_image(self.folder / PICTURES / entry["image_path"])
         prompts = plain(entry["original_prompt"]), plain(entry["editing_prompt"])
-        # One word of each prompt; an entry without names none, and all of its picture may change.
-        pair = entry["blended_word"].split(" ") if entry["blended_word"] else []
+        # One word of each prompt, the first two as published; an entry without names none, and all of its picture may change.
+        pair = entry["blended_word"].split(" ")[:2]
         words = [occurrences(prompt, word) for prompt, word in zip(prompts, pair)] if len(pair) == 2 else [(), ()]
         return Case(
             id=id,
@@ -154,25 +176,29 @@ class PieBench(Suite):
             source=picture,
             source_words=words[0],
             target_words=words[1],
-            mask=decoded(entry["mask"], (picture.height, picture.width)),
+            mask=decoded(entry["mask"], (SIDE, SIDE)),
         )
 
     def prepare(self) -> None:
+        metrics.require_torchmetrics()
         self.networks.load()
 
+    def fingerprints(self) -> dict[str, str]:
+        return self.networks.fingerprints()
+
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
-        source, picture, background = np.asarray(case.source), np.asarray(edited.image), ~case.mask
+        source, picture, edge = np.asarray(case.source), np.asarray(edited.image), bordered(case.mask)
         values: Values = {}
-        if background.any():
+        if (background := ~edge).any():
             values |= {
-                "published_psnr": metrics.capped(metrics.published_psnr(picture, source, case.mask)),
-                "published_mse": metrics.published_mse(picture, source, case.mask),
-                "published_ssim": metrics.published_ssim(picture, source, case.mask),
+                "published_psnr": metrics.capped(metrics.published_psnr(picture, source, edge)),
+                "published_mse": metrics.published_mse(picture, source, edge),
+                "published_ssim": metrics.published_ssim(picture, source, edge),
                 "psnr": metrics.capped(metrics.psnr(picture, source, background)),
                 "mse": metrics.mse(picture, source, background),
                 "ssim": metrics.ssim(picture, source, background),
             }
-            values |= self._lpips_values(picture, source, case.mask)
+            values |= self._lpips_values(picture, source, edge)
         if edited.mask is not None:
             values["mask_iou"] = metrics.iou(np.asarray(edited.mask) > 127, case.mask)
         return values | self._clip_values(case, edited.image) | self._dino_values(case, edited.image)
@@ -189,8 +215,8 @@ class PieBench(Suite):
         if clip is None:
             return {}
         text = clip.text(case.target_prompt)
-        black = Image.fromarray(metrics.without(np.asarray(image), ~case.mask))
-        shown = {"clip_whole": image, "published_clip_edited": black, "clip_edited": image.crop(_box(case.mask))}
+        black = Image.fromarray(metrics.without(np.asarray(image), ~bordered(case.mask)))
+        shown = {"clip_whole": image, "published_clip_edited": black, "clip_edited": image.crop(square_around(case.mask))}
         return {name: metrics.clip_score(clip.image(picture), text) for name, picture in shown.items()}
 
     def _dino_values(self, case: Case, image: Image.Image) -> Values:
@@ -203,11 +229,14 @@ class PieBench(Suite):
         }
 
     def record(self) -> dict[str, Any]:
-        return {"mapping": self.digest, "entries": len(self.entries), "seed": self.options.seed, **self.networks.record()}
+        entries = f"{len(self.entries)} of {ENTRIES}"
+        return {"mapping": self.digest, "entries": entries, "seed": self.options.seed, **self.networks.record()}
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a mask's inside without the published border, or of all of it where there is no other."""
-    inner = mask.copy()
-    inner[[0, -1], :] = inner[:, [0, -1]] = False
-    return Image.fromarray(inner if inner.any() else mask).getbbox()
+def square_around(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the smallest square around a mask (S, S), moved into the picture; all of it where the mask
+    is empty. CLIP sees the middle square of a picture alone, so a box of another shape would lose its ends."""
+    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, mask.shape[1], mask.shape[0])
+    side = max(right - left, bottom - top)
+    corner = [min(max(0, (low + high - side) // 2), mask.shape[0] - side) for low, high in ((left, right), (top, bottom))]
+    return corner[0], corner[1], corner[0] + side, corner[1] + side

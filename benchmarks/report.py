@@ -31,7 +31,7 @@ STAR = (
 )
 
 
-MIXED = ("threads", "code", "versions")
+MIXED = ("threads", "code", "versions", "networks")
 """What one run should have one of."""
 
 
@@ -47,8 +47,11 @@ def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     values = settings["settings"]
     lines = [f"command: {command}" for command in settings.get("commands", [])]
     lines += [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
-    for name in ("device", "machine", "threads", "code", "versions"):
-        found = list(dict.fromkeys(_text(row[name]) for row in rows))
+    for name in ("device", "machine", "threads", "code", "versions", "networks"):
+        # Rows that failed before they had one, and those of suites without networks, have none.
+        found = list(dict.fromkeys(_text(row[name]) for row in rows if row.get(name)))
+        if not found:
+            continue
         mixed = f" (MIXED: {len(found)} in one run)" if len(found) > 1 and name in MIXED else ""
         lines.append(f"{name}: {'; '.join(found)}{mixed}")
     failed = sum("error" in row for row in rows)

@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="sampling steps of every method (default: each one's own, 50)")
     parser.add_argument("--guidance", type=float, help="guidance scale of every method (default: the model's own)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model")
-    for name, expected in (("clip", "name, folder"), ("dino", "name, folder"), ("lpips", "squeeze, alex, vgg")):
+    for name, expected in (("clip", "name, folder"), ("dino", "name, folder"), ("lpips", "squeeze, alex, vgg, folder")):
         parser.add_argument(f"--{name}", help=f"network of the metrics: {expected}, or 'none' (default: the published one)")
     parser.add_argument("--devices", default="cpu", help="with commas, such as cuda:0,cuda:1 (default %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="processes a device (default %(default)s)")

@@ -193,6 +193,10 @@ class Suite(ABC):
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         """Values by the names of `measures`; None, or no entry, where the case has none."""
 
+    def fingerprints(self) -> dict[str, str]:
+        """Short hashes by name of the weights that measuring has loaded, for every row."""
+        return {}
+
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """What makes two runs of the suite comparable: seed, split, data, networks."""

@@ -103,6 +103,7 @@ class Worker:
             warnings.simplefilter("always", UserWarning)
             try:
                 case = self.suite.case(id)
+                row["networks"] = self.suite.fingerprints()
                 row |= {"seed": case.seed, "prompt": case.prompt, "target_prompt": case.target_prompt}
                 row["pictures"] = self.folder.save_case(case)
                 with metered(self.editor.model.unet, self.editor.model.device) as cost:

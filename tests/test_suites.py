@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file, save_model
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from benchmarks import dreambench, dreamedit, features, metrics, pie_bench, run, world_suite
-from benchmarks.pie_bench import PieBench, decoded
+from benchmarks.pie_bench import PieBench, bordered, decoded, square_around
 from benchmarks.run_folder import read_rows
 from benchmarks.suite import Case, Edited, Options, SuiteError, occurrences
 from benchmarks.suites import SUITES, open_suite, suite_class
@@ -243,8 +246,31 @@ def test_dino_keys_are_the_last_layers_and_tell_structures_apart(networks: dict[
     np.testing.assert_allclose(keys, expected, atol=1e-5)
     assert metrics.structure_distance(keys, dino.keys(picture(1, (40, 30)))) == 0
     assert metrics.structure_distance(keys, dino.keys(picture(2, (40, 30)))) > 0
-    # The published code takes levels up to 255 for values up to 1.
-    assert not np.allclose(dino.published_keys(picture(1, (32, 32))), dino.keys(picture(1, (32, 32))), atol=1e-2)
+    # The published code takes levels up to 255 for values up to 1, and resizes by plain interpolation.
+    levels = torch.from_numpy(np.asarray(picture(1, (64, 64)), np.float32)).permute(2, 0, 1)[None]
+    smaller = (levels[..., ::2, ::2] + levels[..., 1::2, ::2] + levels[..., ::2, 1::2] + levels[..., 1::2, 1::2]) / 4
+    seen = (smaller - mean[:, None, None]) / deviation[:, None, None]
+    with torch.no_grad():
+        states = dino.model(seen, output_hidden_states=True).hidden_states
+        expected = dino._last_keys(norm(states[-2]))[0].numpy()
+    np.testing.assert_allclose(dino.published_keys(picture(1, (64, 64))), expected, atol=1e-4)
+
+
+@given(st.integers(1, 6000), st.integers(1, 6000), st.sampled_from([224, 256, 32]))
+@settings(max_examples=200)
+def test_sides_keep_their_ratio_and_squares_stay_squares(side: int, longer: int, shorter: int) -> None:
+    assert features.with_shorter_side((side, side), shorter) == (shorter, shorter)
+    assert features.with_shorter_side((277, 277), 224) == (224, 224)
+    side, longer = sorted((side, longer))
+    expected = shorter * longer // side
+    assert features.with_shorter_side((side, longer), shorter) == (shorter, expected)
+    assert features.with_shorter_side((longer, side), shorter) == (expected, shorter)
+
+
+def test_a_white_picture_has_no_black_edge() -> None:
+    for side in (277, 380, 440):
+        white = Image.new("RGB", (side, side), "white")
+        assert (features.prepared(white, 224, 224, (0.0,) * 3, (1.0,) * 3) == 1).all()
 
 
 def test_pictures_are_cut_to_their_middle(networks: dict[str, str]) -> None:
@@ -267,7 +293,6 @@ def test_networks_that_are_not_there_are_named(networks: dict[str, str], tmp_pat
 def test_networks_that_are_not_there_are_refused_before_anything_is_edited(
     pie: Path, miniature_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    pytest.importorskip("torchmetrics")
     options = ["--suite", "pie", "--data", str(pie), "--clip", "none", "--dino", str(tmp_path), "--lpips", "none"]
     model = ["--model", str(miniature_folder), "--methods", "ours", "--steps", "2"]
     assert run.main([*options, *model, "--out", str(tmp_path / "out")]) == 1
@@ -275,18 +300,39 @@ def test_networks_that_are_not_there_are_refused_before_anything_is_edited(
     assert run.main([*options, *model, "--out", str(tmp_path / "other"), "--dino", "none", "--cases", "change-object"]) == 0
     (row,) = read_rows(tmp_path / "other")
     assert "error" not in row and row["metrics"]["published_psnr"] > 0 and row["metrics"]["clip_whole"] is None
+    assert row["networks"] == {}
 
 
-def test_lpips_is_the_packages_or_says_what_to_install() -> None:
+def test_a_missing_torchmetrics_is_said_before_anything_is_edited(pie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = PieBench(Options(data=pie, clip="none", dino="none", lpips="none"))
+    suite.prepare()
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(ModelError, match=r"install the extra p2p_subject\[benchmarks\]"):
+        suite.prepare()
+
+
+def test_lpips_is_the_packages_or_says_what_to_install(tmp_path: Path) -> None:
     try:
         import torchvision  # noqa: F401
     except ImportError:
         with pytest.raises(ModelError, match=r"torchvision|lpips"):
             features.Lpips("squeeze")
         return
-    pytest.importorskip("lpips")
-    network = features.Lpips("squeeze")
+    lpips = pytest.importorskip("lpips")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = lpips.LPIPS(net="squeeze", pretrained=False, pnet_rand=True, verbose=False)
+    for name, values in made.named_parameters():
+        if ".lin" in name or name.startswith("lin"):
+            values.data.abs_()  # as trained ones are
+    save_model(made, str(tmp_path / "squeeze.safetensors"))
+    network = features.Lpips(str(tmp_path))
     a, b = np.asarray(picture(0)), np.asarray(picture(1))
+    pair = [torch.from_numpy(p).permute(2, 0, 1)[None] / 127.5 - 1 for p in (a, b)]
+    assert network.distance(a, b) == pytest.approx(made.eval()(*pair).item(), rel=1e-5)
+    save_file({"weight": torch.ones(2)}, tmp_path / "squeeze.safetensors")
+    with pytest.raises(ModelError, match="is not the weights of LPIPS"):
+        features.Lpips(str(tmp_path))
     assert network.distance(a, a) == 0 < network.distance(a, b) == pytest.approx(network.map(a, b).mean(), rel=0.1)
 
 
@@ -302,8 +348,8 @@ def runs(mask: np.ndarray) -> list[int]:
 @pytest.fixture(scope="module")
 def pie(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pie")
-    mask = np.zeros((64, 64), bool)
-    mask[20:40, 10:30] = True
+    mask = np.zeros((512, 512), bool)
+    mask[160:320, 80:240] = True
     entries = {
         "111000000000": {
             "image_path": "1_change_object_80/1_artificial/1_animal/111000000000.jpg",
@@ -321,22 +367,36 @@ def pie(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "editing_instruction": "Make it a watercolor",
             "editing_type_id": "9",
             "blended_word": "",
-            "mask": [0, 64 * 64],
+            "mask": [0, 512 * 512],
         },
     }
     for number, entry in enumerate(entries.values()):
         path = folder / "annotation_images" / entry["image_path"]
         path.parent.mkdir(parents=True)
-        picture(number).save(path, quality=95)
+        picture(number).resize((512, 512)).save(path, quality=95)
     (folder / "mapping_file.json").write_text(json.dumps(entries))
     return folder
 
 
+@given(st.integers(4, 40), st.data())
+@settings(max_examples=60)
+def test_a_square_around_a_region_holds_it_and_lies_in_the_picture(size: int, data: st.DataObject) -> None:
+    spans = [sorted(data.draw(st.lists(st.integers(0, size), min_size=2, max_size=2, unique=True))) for _ in range(2)]
+    (left, right), (top, bottom) = spans
+    mask = np.zeros((size, size), bool)
+    mask[top:bottom, left:right] = True
+    box = square_around(mask)
+    assert box[0] <= left and box[1] <= top and box[2] >= right and box[3] >= bottom and min(box) >= 0 and max(box) <= size
+    assert box[2] - box[0] == box[3] - box[1] == max(right - left, bottom - top)
+    assert square_around(np.zeros((size, size), bool)) == (0, 0, size, size)
+
+
 @given(st.lists(st.booleans(), min_size=24, max_size=24))
 @settings(max_examples=50)
-def test_run_lengths_are_read_back_with_the_published_border(pixels: list[bool]) -> None:
+def test_run_lengths_are_read_back_and_get_the_published_border(pixels: list[bool]) -> None:
     mask = np.array(pixels).reshape(4, 6)
-    read = decoded(runs(mask), (4, 6))
+    assert np.array_equal(decoded(runs(mask), (4, 6)), mask)
+    read = bordered(mask)
     assert read[[0, -1]].all() and read[:, [0, -1]].all() and np.array_equal(read[1:-1, 1:-1], mask[1:-1, 1:-1])
 
 
@@ -353,26 +413,39 @@ def test_pie_bench_is_read_in_its_public_format(pie: Path) -> None:
     case = suite.case("111000000000")
     assert (case.prompt, case.target_prompt, case.kind) == ("a cat on grass", "a dog on grass", "change-object")
     assert (case.source_words, case.target_words) == (("cat",), ("dog",))
-    assert case.mask[20:40, 10:30].all() and case.mask.sum() == 400 + 4 * 63 and case.source.size == (64, 64)
+    assert case.mask[160:320, 80:240].all() and case.mask.sum() == 160 * 160 and case.source.size == (512, 512)
     styled = suite.case("900000000001")
     assert styled.source_words == styled.target_words == () and styled.mask.all()
-    assert suite.record()["clip"] == pie_bench.CLIP and suite.record()["entries"] == 2
+    assert suite.record()["clip"] == pie_bench.CLIP and suite.record()["entries"] == "2 of 700"
+    entry = suite.entries["111000000000"]
+    for words, expected in (("cat dog grass", ("cat",)), ("cat", ())):
+        suite.entries["other"] = entry | {"blended_word": words}
+        assert suite.case("other").source_words == expected
 
 
 def test_pie_bench_measures_as_published_and_by_area(pie: Path, networks: dict[str, str]) -> None:
-    pytest.importorskip("torchmetrics")
     suite = PieBench(Options(data=pie, **networks))
     case = suite.case("111000000000")
-    edited = np.asarray(case.source).copy()
+    edited, kept = np.asarray(case.source).copy(), ~bordered(case.mask)
     edited[~case.mask] = np.clip(edited[~case.mask].astype(int) + 20, 0, 255)
     values = suite.measure(case, Edited(Image.fromarray(edited), Image.fromarray(case.mask.astype(np.uint8) * 255)), False)
     expected = {measure.name for measure in PieBench.measures if measure not in world_suite.COSTS}
     assert values.keys() == expected - {"published_lpips", "lpips"} and values["mask_iou"] == 1
-    share = (~case.mask).mean()
-    assert values["published_mse"] == pytest.approx(values["mse"] * share) and values["published_psnr"] > values["psnr"]
+    assert values["published_mse"] == pytest.approx(values["mse"] * kept.mean()) and values["published_psnr"] > values["psnr"]
+    torch_pair = [torch.from_numpy(p * kept[..., None]).permute(2, 0, 1)[None] / 255 for p in (edited, np.asarray(case.source))]
+    assert values["published_psnr"] == pytest.approx(-10 * torch.log10(((torch_pair[0] - torch_pair[1]) ** 2).mean()).item())
+    from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0)(*torch_pair).item()
+    assert values["published_ssim"] == pytest.approx(ssim, abs=1e-5) and values["ssim"] < ssim < 1
+    clip, text = suite.networks.clip, suite.networks.clip.text(case.target_prompt)
+    black, box = Image.fromarray(edited * bordered(case.mask)[..., None]), Image.fromarray(edited[160:320, 80:240])
+    for name, shown in (("clip_whole", Image.fromarray(edited)), ("published_clip_edited", black), ("clip_edited", box)):
+        assert values[name] == pytest.approx(metrics.clip_score(clip.image(shown), text), abs=1e-4)
+    assert suite.fingerprints().keys() == {"clip", "dino"} and suite.fingerprints()["clip"] != suite.fingerprints()["dino"]
     same = suite.measure(case, Edited(case.source), False)
     assert same["structure"] == same["published_structure"] == 0 and same["psnr"] == metrics.CEILING
-    whole = suite.measure(suite.case("900000000001"), Edited(picture(3)), False)
+    whole = suite.measure(suite.case("900000000001"), Edited(picture(3, (512, 512))), False)
     # Without a background there is no value of it; the published code writes "nan" there.
     assert "psnr" not in whole and "published_ssim" not in whole and whole["published_clip_edited"] == whole["clip_whole"]
 
@@ -415,11 +488,21 @@ def test_pie_bench_says_what_is_missing_and_where_it_comes_from(pie: Path, tmp_p
         ("not json", "not JSON"),
         (text.replace("blended_word", "blend"), "lacks blended_word"),
         (text.replace('"editing_type_id": "9"', '"editing_type_id": "12"'), "'0' to '9'"),
+        (text, "entry '111000000000': a picture of 64x64; expected 512x512"),
+        (text.replace("[0, 262144]", "[0]"), "entry '900000000001': a mask of 1 numbers; expected pairs"),
         ("[]", "an entry for each"),
     ]:
         (tmp_path / "mapping_file.json").write_text(content)
+        if "entry '" in message:
+            shutil.copytree(pie / "annotation_images", tmp_path / "annotation_images", dirs_exist_ok=True)
+        if "64x64" in message:
+            path = tmp_path / "annotation_images" / json.loads(text)["111000000000"]["image_path"]
+            kept = path.read_bytes()
+            picture(0).save(path)
         with pytest.raises(SuiteError, match=message):
             PieBench(Options(data=tmp_path))
+        if "64x64" in message:
+            path.write_bytes(kept)
 
 
 # DreamBench and DreamEditBench
@@ -476,6 +559,9 @@ def test_dreambench_is_read_and_measured_as_published(dreambooth: Path, networks
     values = suite.measure(case, Edited(case.references[0]), False)
     cosines = [metrics.cosine(dino.image(case.references[0]), dino.image(other)) for other in case.references]
     assert cosines[0] == pytest.approx(1) and values["dino"] == pytest.approx(np.mean(cosines))
+    cosines = [metrics.cosine(clip.image(case.references[0]), clip.image(other)) for other in case.references]
+    assert values["clip_i"] == pytest.approx(np.mean(cosines)) and np.mean(cosines) < 1 - 1e-4
+    assert suite.record()["subjects"] == "3 of 30" and suite.record()["prompts"] == "2+2 of 25+25"
     assert values["clip_t"] == pytest.approx(metrics.cosine(clip.image(case.references[0]), clip.text(case.prompt)))
     assert dreambench.DreamBench(Options(data=dreambooth / "dataset")).ids() == suite.ids()
 
@@ -490,8 +576,17 @@ def test_dreamedit_is_read_and_measured_as_published(dreambooth: Path, networks:
     values = suite.measure(case, Edited(case.source), False)
     assert values["dino_background"] == pytest.approx(1) and values["clip_i_background"] == pytest.approx(1)
     assert values["dino_subject"] < 1 and values["clip_i_subject"] < 1
-    mixed = suite.measure(case, Edited(case.references[0].resize(case.size)), False)
-    assert mixed["dino_background"] < 1
+    # With every real picture of the subject, all squeezed to 512x512 first.
+    edited = case.references[0].resize(case.size)
+    mixed, large = suite.measure(case, Edited(edited), False), lambda shown: shown.resize((512, 512), Image.Resampling.BICUBIC)
+    for name, network in (("dino", suite.networks.dino), ("clip_i", suite.networks.clip)):
+        vector = network.image(large(edited))
+        cosines = [metrics.cosine(vector, network.image(large(other))) for other in case.references]
+        assert mixed[f"{name}_subject"] == pytest.approx(np.mean(cosines)) and abs(cosines[0] - cosines[1]) > 1e-5
+        whole = metrics.cosine(vector, network.image(large(case.source)))
+        assert mixed[f"{name}_background"] == pytest.approx(whole)
+        unsqueezed = metrics.cosine(network.image(edited), network.image(case.source))
+        assert abs(whole - unsqueezed) > 1e-5
 
 
 def test_the_subject_suites_say_what_is_missing_and_where_it_comes_from(dreambooth: Path, tmp_path: Path) -> None:
