@@ -172,7 +172,7 @@ def _edits(method: Method) -> dict[str, dict[str, Any]]:
     picture, mask = Image.new("RGB", (8, 8)), np.ones((8, 8), bool)
     words = {"source": picture, "source_words": ("cat",), "target_words": ("dog",), "mask": mask}
     case = Case("", "", "", 0, "a cat", "a dog", **words)
-    asked = {} if method.subjects else {"words": case}
+    asked = {} if method.subjects else {"words": case, "removal": replace(case, target_words=())}
     asked["subject"] = replace(case, references=(picture,), category="dog")
     found = {}
     for kind, one in asked.items():

@@ -25,7 +25,7 @@ from benchmarks.suite import Case, Edited
 from inversion import Trajectory, reconstruct
 from inversion.trajectory import TENSORS
 from p2p_subject.editor import Editor
-from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
+from p2p_subject.edits import REMOVAL_MARGIN, Blend, EditSpec, Subject, remove, swap_subject
 from p2p_subject.images import fit
 from p2p_subject.preparing import context_of
 from p2p_subject.results import EditResult
@@ -41,8 +41,9 @@ class Method:
 
     `inversion` with its `options`, `steps`, `guidance_scale` (None: the model's own), `skip` and `paste` are those of
     `Editor.invert` and `Editor.edit`. `edit` are fields of `EditSpec`, `blend` fields of `Blend` (None: all of the picture may
-    change), whose words are the case's. `by_words` are further fields of edits without a subject; `pie` are fields of the edit
-    that the published code uses on PIE-Bench instead, with `weight` for the target's word. `published` aligns prompts as the
+    change), whose words are the case's. `by_words` are further fields of edits by words that put something in; `pie` are fields
+    of the edit that the published code uses on PIE-Bench instead, with `weight` for the target's word. `published` aligns
+    prompts as the
     published controllers do: "replace" for prompts of as many words, "refine" for others, for subjects, and where `pie` holds;
     what it does not set is as in `EditSpec`, not as in `swap_subject`. `reconstructs` follows the source's generation from its
     noise without guidance, instead of the inverted latents. `subjects`: for swaps alone. `mask_input`: given the true mask.
@@ -90,7 +91,14 @@ class Method:
             if self.published:
                 return EditSpec(swap=case.source_words[0], subject=subject, **given)
             return swap_subject(case.source_words[0], subject, **given)
+        if self._removes(case):
+            windows = {name: value for name, value in self.edit.items() if name != "room"}
+            return remove(list(case.source_words), case.target_prompt, **windows, blend=given["blend"])
         return EditSpec(prompt=case.target_prompt, **given)
+
+    def _removes(self, case: Case) -> bool:
+        """Whether what the source's words show gives way to nothing, and the method is not one that was published without."""
+        return not self.published and bool(case.source_words) and not case.target_words
 
     def _blend(self, case: Case, with_subject: bool) -> Blend | None:
         if self.mask_input:
@@ -99,7 +107,8 @@ class Method:
             return None
         # With a subject, the target's words are its category and its own columns, which the editor knows.
         words = {"source_words": case.source_words, "target_words": None if with_subject else case.target_words}
-        blend = Blend(**words | dict(self.blend))
+        margin = {"grow": REMOVAL_MARGIN} if self._removes(case) else {}
+        blend = Blend(**words | margin | dict(self.blend))
         return blend if blend.source_words or blend.target_words or with_subject else None
 
     def __call__(self, editor: Editor, case: Case) -> Edited:

@@ -29,6 +29,7 @@ _HOMES = {
     "combine": "edits",
     "control_image": "control_images",
     "refine": "edits",
+    "remove": "edits",
     "replace": "edits",
     "reweight": "edits",
     "swap_subject": "edits",

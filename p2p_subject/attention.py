@@ -80,7 +80,7 @@ class ControlledAttention:
 def _own(
     query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl, source_query: Tensor, source_key: Tensor
 ) -> Tensor:
-    """Self-attention; where it follows the source, target rows use the source's queries and keys."""
+    """Self-attention of what may be seen; where it follows the source, target rows use the source's queries and keys."""
     first = control.rows - len(control.self_pixels)
     follow = [first + k for k, pixels in enumerate(control.self_pixels) if query.shape[2] <= pixels]
     if follow:
@@ -88,7 +88,8 @@ def _own(
     # Row by row: an index that is a list would be copied to the GPU, and waited for, in every layer.
     for row in follow:
         query[row], key[row] = source_query[0], source_key[0]
-    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+    visible = None if control.visible is None else control.visible[query.shape[2]]
+    return F.scaled_dot_product_attention(query, key, value, visible, scale=scale)
 
 
 def _cross(

@@ -148,6 +148,21 @@ def squares_around(mask: Tensor) -> Tensor:
     return found
 
 
+def visible_pixels(mask: Tensor) -> dict[int, Tensor]:
+    """Which pixels lie outside a mask (h, w) at every resolution of a U-Net, by their number Q: (Q,) bool.
+
+    Sides are halved, rounded up. A pixel is hidden if any of what it covers is in the mask; a resolution of which nothing would
+    be left is visible.
+    """
+    found, hidden = {}, (mask > 0.5).float()[None]
+    while True:
+        seen = hidden.flatten() == 0
+        found[seen.numel()] = seen | ~seen.any()
+        if seen.numel() == 1:
+            return found
+        hidden = F.max_pool2d(hidden, 2, 2, ceil_mode=True)
+
+
 def _of_length(span: slice, length: int) -> slice:
     """The span, widened as much before as behind to `length` or one more; it begins with the picture at the earliest."""
     wider = (length - (span.stop - span.start) + 1) // 2

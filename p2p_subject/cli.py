@@ -43,9 +43,11 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, about: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
 
-    edit = command("edit", "put a subject in the place of a word of a picture, or edit by prompt alone")
+    edit = command("edit", "put a subject in the place of a word of a picture, take one out, or edit by prompt alone")
     _source_arguments(edit)
     edit.add_argument("--swap", type=_word, metavar="WORD", help="word of the prompt to replace; WORD#1 for its second place")
+    about = "word of what to take out, with windows of 0; --target-prompt says what is left"
+    edit.add_argument("--remove", type=_word, metavar="WORD", help=about)
     _subject_arguments(edit)
     _control_arguments(edit, "the kind of it to be made of SOURCE")
     edit.add_argument("--target-prompt", metavar="TEXT", help="prompt of the result (default: follows from --swap, --category)")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from p2p_subject import __version__
 from p2p_subject.control_images import KINDS
-from p2p_subject.edits import Blend, EditSpec, Subject, Word, swap_subject
+from p2p_subject.edits import REMOVAL_MARGIN, Blend, EditSpec, Subject, Word, remove, swap_subject
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
@@ -41,14 +41,9 @@ SAVED_SOURCE = (".safetensors",)
 def edit(arguments: Namespace) -> Report:
     """Edit a picture or a saved source."""
     targets = output_files(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
-    blend = _blend(arguments)
-    changes = given(arguments, "cross_replace", "self_replace", "room")
-    changes["weights"] = dict(arguments.weight or [])
-    changes |= {"prompt": arguments.target_prompt, "blend": blend}
-    subject = subject_of(arguments)
-    spec = EditSpec(swap=arguments.swap, **changes) if subject is None else swap_subject(arguments.swap, subject, **changes)
+    spec = _spec(arguments)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
-        raise OutputError("--mask-out: without --swap or --mask all of the picture may change and there is no mask to write")
+        raise OutputError("--mask-out: without --swap, --remove or --mask all of the picture may change, and there is no mask")
     opened, prompt = _open(arguments)
     if arguments.mask is not None:
         load_mask(arguments.mask, getattr(opened, "image", opened).size)
@@ -266,14 +261,32 @@ def control_of(arguments: Namespace, opened: Image.Image | Source | None = None)
     return control
 
 
+def _spec(arguments: Namespace) -> EditSpec:
+    """The edit that the arguments ask for."""
+    word, blend = arguments.swap, _blend(arguments)
+    changes = given(arguments, "cross_replace", "self_replace", "room")
+    changes |= {"prompt": arguments.target_prompt, "blend": blend, "weights": dict(arguments.weight or [])}
+    if arguments.remove is not None:
+        if word is not None or arguments.subject is not None:
+            raise EditSpecError("--remove takes out what --swap puts something in the place of; leave one out, and --subject")
+        if arguments.target_prompt is None:
+            raise PromptError("--remove needs --target-prompt, a text that describes what is left, such as 'grass'")
+        return remove(arguments.remove, **changes)
+    subject = subject_of(arguments)
+    return EditSpec(swap=word, **changes) if subject is None else swap_subject(word, subject, **changes)
+
+
 def _blend(arguments: Namespace) -> Blend | None:
     """How attention makes the mask; None where no word is named whose attention could."""
     options = given(arguments, "rule", "threshold")
     shaping = given(arguments, "rule", "threshold", "room")
-    if shaping and (arguments.swap is None or arguments.mask is not None):
+    unnamed = arguments.swap is None and arguments.remove is None
+    if shaping and (unnamed or arguments.mask is not None):
         names = " and ".join(f"--{name}" for name in shaping)
-        raise EditSpecError(f"{names} shape the mask that --swap makes; give --swap and no --mask, or leave them out")
-    return None if arguments.swap is None else Blend(**options)
+        raise EditSpecError(f"{names} shape the mask that --swap or --remove makes; give one and no --mask, or leave them out")
+    if unnamed:
+        return None
+    return Blend(**options) if arguments.remove is None else Blend(grow=REMOVAL_MARGIN, **options)
 
 
 def _open(arguments: Namespace) -> tuple[Image.Image | Source, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from inversion import Move, Trajectory, TrajectoryError, reconstruct
 from p2p_subject.attention import map_size
-from p2p_subject.blend import binary_mask, region, rule_and_threshold, squares_around
+from p2p_subject.blend import binary_mask, region, rule_and_threshold, squares_around, visible_pixels
 from p2p_subject.context import Context
 from p2p_subject.controller import StepControl, compile_edits
 from p2p_subject.edits import EditSpec
@@ -18,7 +19,7 @@ from p2p_subject.images import load_mask
 from p2p_subject.maps import MapMean
 from p2p_subject.models import Model
 from p2p_subject.prompts import Plan, Words, changes_nothing, describe
-from p2p_subject.sampling import EditRun, Target, guided
+from p2p_subject.sampling import EditRun, Target, edit_mask, guided
 from p2p_subject.source import Source
 from p2p_subject.tokens import TokenLayout
 from p2p_subject.visible import latent_mask
@@ -143,7 +144,17 @@ def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tupl
     context = model.structured(model.encode(made.layout, subject), source.structure)
     has_room = spec.room and made.swapped.columns and fixed is None
     square = _square(source, spec, made.swapped, size, model.device) if has_room else None
-    return Target(context, spec.blend, made.source_words, made.target_words, fixed, square, spec.room)
+    target = Target(context, spec.blend, made.source_words, made.target_words, fixed, square, spec.room)
+    return replace(target, visible=_visible(source, target, size, model.device)) if spec.erase else target
+
+
+def _visible(source: Source, target: Target, size: tuple[int, int], device: torch.device) -> dict[int, Tensor]:
+    """What is left to see, by resolution, without the region of the source's words, or of the user's mask."""
+    hidden = target.fixed_mask
+    if hidden is None:
+        of_source = replace(target, target_words=Words())
+        hidden = edit_mask(of_source, source.attention, source.attention, size, target.blend.grow)
+    return {pixels: seen.to(device) for pixels, seen in visible_pixels(hidden).items()}
 
 
 def _square(

@@ -78,6 +78,8 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
         target_words=_words(target, labels, theirs),
         swapped=Words() if spec.swap is None else _words(source, _with_subject(source, (spec.swap,))),
     )
+    if spec.erase and spec.blend.mask is None and not plan.source_words.columns:
+        raise EditSpecError("erase needs to know what to take out; name it as remove('cat', prompt) does, or pass a mask")
     if not plan.makes_mask and spec.blend.mask is None and spec.blend != Blend():
         raise EditSpecError(
             f"blend={spec.blend} shapes a mask, but nothing says which words make it; name them in source_words or "
@@ -98,7 +100,8 @@ def aligned(source: TokenLayout, target: TokenLayout, spec: EditSpec) -> Alignme
 def changes_nothing(source: TokenLayout, plan: Plan, spec: EditSpec) -> bool:
     """Whether an edit is the identity: the same tokens, aligned with themselves, no weight and no other subject."""
     unweighted = all(factor == 1 for factor in spec.weights.values())
-    return spec.subject is None and unweighted and plan.layout.ids == source.ids and is_identity(plan.alignment)
+    kept = spec.subject is None and not spec.erase
+    return kept and unweighted and plan.layout.ids == source.ids and is_identity(plan.alignment)
 
 
 def target_prompt(source: TokenLayout, spec: EditSpec) -> tuple[str, tuple[int, int] | None]:

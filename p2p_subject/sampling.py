@@ -9,7 +9,7 @@ nothing is borrowed: K targets cost 1 + 2 K rows in the windows of the edit, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,8 @@ class Target:
     """What sampling needs to know of one edit: its context of one row and how its mask is made.
 
     `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention. `square` (h, w), if any, is what lies
-    around the swapped word's region: in the first `room` of the steps all of it may change.
+    around the swapped word's region: in the first `room` of the steps all of it may change. `visible`, if anything is hidden
+    from self-attention, is what is not, by the number Q of pixels of a resolution: (Q,) bool.
     """
 
     context: Context
@@ -68,6 +69,7 @@ class Target:
     fixed_mask: Tensor | None = None
     square: Tensor | None = None
     room: float = 0.0
+    visible: Mapping[int, Tensor] | None = None
 
     @property
     def reads_maps(self) -> bool:
@@ -150,7 +152,8 @@ class EditRun:
         reads = any(target.reads_maps for target in self.targets)
         sink = self.maps.sink([0, *read] if running and replays else read) if reads else None
         stacked = torch.cat([*[self.source.before(index)] * replays, *[latents] * (1 if self.scale == 1 else 2)])
-        predicted = self.noise(stacked, move, context, controller.at(index, rows, sink, recorded))
+        control = controller.at(index, rows, sink, recorded, self._visible(replays))
+        predicted = self.noise(stacked, move, context, control)
 
         if sink is not None:
             maps = sink.mean()
@@ -160,6 +163,19 @@ class EditRun:
             self.running_maps.add(own, index)
         predicted = predicted[int(replays) :]
         return predicted if self.scale == 1 else guide(*predicted.chunk(2), self.scale, self.source.proximal)
+
+    def _visible(self, replays: bool) -> dict[int, Tensor] | None:
+        """What each row of a call may see of its own pixels, (R, 1, 1, Q) bool by their number; None where all see all."""
+        seen = [target.visible for target in self.targets]
+        if not any(seen):
+            return None
+        found = {}
+        for pixels, like in next(filter(None, seen)).items():
+            everything = torch.ones_like(like)
+            own = [everything if one is None else one[pixels] for one in seen]
+            rows = [everything] * replays + own * (1 if self.scale == 1 else 2)
+            found[pixels] = torch.stack(rows)[:, None, None]
+        return found
 
     def _recorded(self, index: int, running: bool) -> dict[str, tuple[Tensor, Tensor]] | None:
         """The source's queries and keys of a step, if the recording holds all that the step borrows."""

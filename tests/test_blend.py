@@ -20,6 +20,7 @@ from p2p_subject.blend import (
     share,
     squares_around,
     subtracted_region,
+    visible_pixels,
 )
 from p2p_subject.errors import EditSpecError
 from p2p_subject.tokens import layout
@@ -152,3 +153,24 @@ def test_squares_hold_their_mask_and_stay_near_it(mask) -> None:
     # No further from the mask than half of the largest side.
     reach = (max(height, width) + 1) // 2
     assert (squares <= binary_mask([inside], 0.5, grow=reach)).all()
+
+
+@given(height=st.integers(1, 20), width=st.integers(1, 20), seed=st.integers(0, 999))
+@settings(deadline=None)
+def test_what_is_hidden_is_hidden_at_every_resolution_and_something_is_always_seen(height: int, width: int, seed: int) -> None:
+    mask = torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) < 0.2
+    seen = visible_pixels(mask.float())
+    sizes, side = [], (height, width)
+    while True:
+        sizes.append(side)
+        if side == (1, 1):
+            break
+        side = tuple(-(-length // 2) for length in side)
+    assert list(seen) == [h * w for h, w in sizes]
+    for level, (h, w) in enumerate(sizes):
+        # A pixel of this level covers 2 ** level of the mask's a side.
+        covered = torch.zeros(h, w, dtype=torch.bool)
+        for y, x in mask.nonzero().tolist():
+            covered[y >> level, x >> level] = True
+        expected = ~covered if not covered.all() else torch.ones(h, w, dtype=torch.bool)
+        assert torch.equal(seen[h * w], expected.flatten())

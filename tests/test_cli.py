@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from p2p_subject import cli, commands, demo, generation_commands, inverting, progress
-from p2p_subject.edits import Blend, EditSpec, Subject, swap_subject
+from p2p_subject.edits import Blend, EditSpec, Subject, remove, swap_subject
 from p2p_subject.training import world
 
 
@@ -134,6 +134,10 @@ class TestEdit:
         shell.report(*SWAP)
         subject = seen["spec"].subject
         assert seen["spec"] == swap_subject("cat", subject) != EditSpec(swap="cat", subject=subject)
+        shell.report(*EDIT, "--remove", "cat", "--target-prompt", "grass", "--mask-out", "{tmp}/mask.png", "--rule", "peak")
+        assert seen["spec"] == remove("cat", "grass", blend=Blend(grow=1, rule="peak")) and "mask.png" in shell.written()
+        shell.report(*EDIT, "--remove", "cat", "--target-prompt", "grass", "--mask", "{mask}")
+        assert seen["spec"] == remove("cat", "grass") and seen["mask"] is not None
         shell.report(*EDIT, "--swap", "cat", "--target-prompt", "a bus on grass")
         assert seen["spec"] == EditSpec(prompt="a bus on grass", swap="cat")
 
@@ -145,7 +149,10 @@ class TestEdit:
         assert (spec.cross_replace, spec.self_replace, spec.blend.rule) == ((0.0, 0.8), (0.0, 0.4), "share")
         swap = swap_subject("cat", Subject(Image.new("RGB", (8, 8)), "dog"))
         assert (swap.cross_replace, swap.self_replace, spec.room, swap.room) == ((0.0, 0.2), (0.0, 0.2), 0.0, 0.5)
-        for default in ("(0.8; subjects: 0.2)", "(0.4; subjects: 0.2)", "(0; subjects: 0.5)", "(default share)"):
+        gone = remove("cat", "grass")
+        assert gone.cross_replace == gone.self_replace == (0.0, 0.0)
+        windows = ("(0.8; subjects: 0.2)", "(0.4; subjects: 0.2)", "take out, with windows of 0")
+        for default in (*windows, "(0; subjects: 0.5)", "(default share)"):
             assert default in told
 
     @pytest.mark.parametrize("terminal", [False, True])
@@ -315,14 +322,17 @@ MISTAKES = {
     "no subject": ("SubjectError", "add --subject", without("--subject")),
     "subject without a place": ("EditSpecError", "no word for it", (*without("--swap"), "--target-prompt", "a dog")),
     "nothing to do": ("EditSpecError", "needs a prompt", EDIT),
-    "mask of nothing": ("OutputError", "no mask to write", (*EDIT, "--target-prompt", "a dog", "--mask-out", "{tmp}/m.png")),
+    "removal and swap": ("EditSpecError", "leave one out", (*SWAP, "--remove", "cat")),
+    "removal and subject": ("EditSpecError", "leave one out", (*without("--swap"), "--remove", "cat")),
+    "removal of what to leave what": ("PromptError", "what is left", (*EDIT, "--remove", "cat")),
+    "mask of nothing": ("OutputError", "there is no mask", (*EDIT, "--target-prompt", "a dog", "--mask-out", "{tmp}/m.png")),
     "colours as mask": ("MaskError", "expected grey", (*SWAP, "--mask", "{scene}")),
     "threshold": ("EditSpecError", "threshold", (*SWAP, "--threshold", "nan")),
-    "rule without a word": ("EditSpecError", "give --swap", (*EDIT, "--target-prompt", "a dog", "--rule", "peak")),
+    "rule without a word": ("EditSpecError", "give one and no --mask", (*EDIT, "--target-prompt", "a dog", "--rule", "peak")),
     "rule beside a mask": ("EditSpecError", "no --mask", (*SWAP, "--mask", "{mask}", "--threshold", "0.5", "--rule", "peak")),
     "window": ("EditSpecError", "start <= stop", (*SWAP, "--cross-replace", "0.5,0.2")),
     "room": ("UsageError", "'2'; expected a share", (*SWAP, "--room", "2")),
-    "room without a word": ("EditSpecError", "give --swap and no --mask", (*EDIT, "--target-prompt", "a bus", "--room", "0.5")),
+    "room without a word": ("EditSpecError", "give one and no --mask", (*EDIT, "--target-prompt", "a bus", "--room", "0.5")),
     "room and a mask": ("EditSpecError", "--room shape the mask that --swap", (*SWAP, "--mask", "{dog0}", "--room", "0.5")),
     "share": ("UsageError", "'1.5'; expected a share", (*SWAP, "--cross-replace", "1.5")),
     "scale": ("UsageError", "expected a number of 0 or more", (*SWAP, "--guidance-scale", "nan")),

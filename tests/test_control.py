@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from p2p_subject.alignment import Alignment
 from p2p_subject.attention import ControlledAttention, controlled_attention, map_size
+from p2p_subject.blend import visible_pixels
 from p2p_subject.controller import Controller, MapSink, StepControl, Tap, compile_edits, self_pixels, steps_of
 from p2p_subject.edits import EditSpec
 from p2p_subject.errors import EditSpecError, HookError
@@ -122,6 +123,40 @@ def test_changed_values_equal_changed_maps(seed: int, count: int, gate: str, sid
     # Maps are read in float32.
     assert (sink.mean() - read).abs().max() < 1e-6 and (short.mean() - read[1:]).abs().max() < 1e-6
     assert set(tap.taken) >= {name.removesuffix(".processor") for name in unet.attn_processors if "attn2" in name}
+
+
+@pytest.mark.parametrize("pixels", [0, 64])
+def test_hidden_pixels_are_seen_by_no_row_that_they_are_hidden_from(pixels: int) -> None:
+    """Against maps that are set to zero and normalised again; of self-attention that follows the source, too."""
+    unet = tiny_unet().double()
+    latents, context = torch.randn(3, 4, 8, 8).double(), torch.randn(3, TOKENS, WIDTH).double()
+    mask = torch.zeros(8, 8)
+    mask[2:4, 3:6] = 1
+    seen = {q: torch.stack([torch.ones_like(own), own, own])[:, None, None] for q, own in visible_pixels(mask).items()}
+
+    class Zeroed:
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+            cross = encoder_hidden_states is not None
+            states = encoder_hidden_states if cross else hidden_states
+            q, k, v = (f(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f, x in
+                       ((attn.to_q, hidden_states), (attn.to_k, states), (attn.to_v, states)))
+            if not cross and q.shape[2] <= pixels:
+                q, k = (torch.cat([x[:2], x[:1]]) for x in (q, k))
+            maps = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)
+            if not cross:
+                maps = maps * seen[q.shape[2]]
+                maps = maps / maps.sum(-1, keepdim=True)
+            return attn.to_out[0]((maps @ v).transpose(1, 2).flatten(2))
+
+    with torch.no_grad(), controlled_attention(unet):
+        control = StepControl(rows=3, self_pixels=(pixels,), visible=seen)
+        ours = unet(latents, 500, context, cross_attention_kwargs={"control": control}).sample
+        plain = unet(latents, 500, context, cross_attention_kwargs={"control": StepControl(3, self_pixels=(pixels,))}).sample
+    unet.set_attn_processor(Zeroed())
+    with torch.no_grad():
+        theirs = unet(latents, 500, context).sample
+    assert (ours - theirs).abs().max() < 1e-10
+    assert (ours[0] - plain[0]).abs().max() < 1e-10 < 1e-4 < (ours[1:] - plain[1:]).abs().amax((1, 2, 3)).min()
 
 
 def test_without_a_control_the_network_computes_what_it_did() -> None:

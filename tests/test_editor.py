@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from inversion import ModelMismatchError, NonFiniteError, StepsError, TrajectoryError
 from inversion.trajectory import read_safetensors, write_safetensors
-from p2p_subject import Blend, Editor, EditSpec, Source, Subject, attention, combine, edits, reweight
+from p2p_subject import Blend, Editor, EditSpec, Source, Subject, attention, combine, edits, remove, reweight
 from p2p_subject.blend import RULES, binary_mask, competitors, region, squares_around
 from p2p_subject.errors import (
     ArgumentError,
@@ -603,6 +604,52 @@ def test_a_text_swap_reads_its_mask_from_the_word_that_follows(editor, source) -
 def test_an_empty_mask_is_said(editor, source, dog) -> None:
     with pytest.warns(UserWarning, match="nothing changed"):
         editor.edit(source, swap_subject("cat", dog, blend=Blend(threshold=1.0)))
+
+
+def test_a_removal_sees_nothing_of_what_it_takes_out(editor, source) -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32, :24] = 255
+    made = editor.edit(source, remove("cat", "grass"), mask=mask)
+    # Two rows a step: nothing follows the source.
+    assert made.prompt == "grass" and set(made.maps) == {"cat"} and made.unet_rows == 2 * STEPS
+    plain = editor.edit(source, replace(remove("cat", "grass"), erase=False), mask=mask)
+    assert (made.latents - plain.latents).abs().max() > 1e-3 and np.array_equal(made.mask, plain.mask)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        attend = attention.F.scaled_dot_product_attention
+        patch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **k: (seen.append(a[3:]), attend(*a, **k))[1])
+        editor.edit(source, remove("cat", "grass"), mask=mask)
+    finest = max((own[0] for own in seen if own and own[0] is not None), key=lambda own: own.shape[-1])
+    side = round(finest.shape[-1] ** 0.5)
+    hidden = ~finest.reshape(2, side, side)
+    assert hidden[:, : side // 2, : 3 * side // 8].all() and hidden.sum() == 2 * (side // 2) * (3 * side // 8)
+    outside = feather(np.asarray(made.mask) / 255.0, 3, 2) == 0
+    assert np.array_equal(np.asarray(made.image)[outside], np.asarray(source.image)[outside])
+
+
+def test_removals_go_with_other_edits_masks_recordings_and_words_alone(editor, source, dog) -> None:
+    spec = remove("cat", "grass")
+    swap, erased = editor.edit(source, [swap_subject("cat", dog), spec])
+    for together, single in ((erased, spec), (swap, swap_subject("cat", dog))):
+        torch.testing.assert_close(together.latents, editor.edit(source, single).latents, atol=1e-4, rtol=0)
+    recorded = editor.edit(editor.record(source), spec)
+    torch.testing.assert_close(recorded.latents, erased.latents, atol=1e-4, rtol=0)
+    unguided = editor.edit(source, [swap_subject("cat", dog), spec], guidance_scale=1)[1]
+    torch.testing.assert_close(unguided.latents, editor.edit(source, spec, guidance_scale=1).latents, atol=1e-4, rtol=0)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:16, :16] = 255
+    own = editor.edit(source, spec, mask=mask)
+    assert np.array_equal(np.asarray(own.mask), mask)
+    everything = editor.edit(source, spec, mask=np.full((64, 64), 255, np.uint8))
+    assert torch.isfinite(everything.latents).all()
+    # The same prompt is no identity where something is taken out.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        editor.edit(source, remove("cat", source.prompt))
+    with pytest.raises(EditSpecError, match=r"name it as remove\('cat', prompt\) does"):
+        editor.edit(source, EditSpec(prompt="grass", erase=True))
+    with pytest.raises(WordNotFoundError, match="Did you mean 'cat'"):
+        editor.edit(source, remove("cta", "grass"))
 
 
 def test_a_text_edit_that_names_no_words_is_global(editor, source) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from p2p_subject import Blend, EditSpec, Subject, combine, edits, refine, reweight, swap_subject
+from p2p_subject import Blend, EditSpec, Subject, combine, edits, refine, remove, reweight, swap_subject
 from p2p_subject.errors import AmbiguousWordError, EditSpecError, ImageError, MaskError, SubjectError, WordNotFoundError
 from p2p_subject.prompts import changes_nothing, describe, target_prompt
 from p2p_subject.tokens import layout
@@ -51,12 +51,29 @@ specs = st.builds(
     blend=st.none() | blends | masks,
 )
 with_room = st.builds(lambda spec, room: replace(spec, swap="cat", room=room), specs, fractions)
+erasing = st.builds(lambda spec, blend: replace(spec, erase=True, blend=blend), specs, blends | masks)
 
 
-@given(spec=specs | with_room)
+@given(spec=specs | with_room | erasing)
 @settings(deadline=None)
 def test_specs_survive_json(spec: EditSpec) -> None:
     assert EditSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_removal_names_its_region_follows_nothing_and_takes_a_blend_of_yours() -> None:
+    spec = remove("cat", "grass")
+    assert spec.erase and spec.prompt == "grass" and spec.cross_replace == spec.self_replace == (0.0, 0.0)
+    assert (spec.blend.source_words, spec.blend.target_words, spec.blend.grow) == (("cat",), (), 1)
+    assert remove([("cat", 0), ("cat", 1)], "grass").blend.source_words == (("cat", 0), ("cat", 1))
+    own = remove("cat", "grass", blend=Blend(feather=4.0, subtract=["hat"]), self_replace=0.2)
+    assert own.blend == Blend(source_words=("cat",), target_words=(), feather=4.0, subtract=("hat",))
+    assert own.self_replace == (0.0, 0.2)
+    masked = Blend(mask=np.full((2, 3), 255, np.uint8))
+    assert remove("cat", "grass", blend=masked).blend == masked
+    with pytest.raises(EditSpecError, match="all of the picture"):
+        remove("cat", "grass", blend=None)
+    with pytest.raises(EditSpecError, match="a word of|expected a"):
+        remove(3, "grass")
 
 
 def test_subjects_survive_json_with_their_pixels() -> None:
@@ -79,6 +96,9 @@ def test_subjects_survive_json_with_their_pixels() -> None:
         ({"prompt": "x", "cross_replace": 1.5}, r"cross_replace=1.5; expected a fraction"),
         ({"prompt": "x", "self_replace": (0.8, 0.2)}, r"start <= stop"),
         ({"prompt": "x", "self_resolution": 0}, "self_resolution=0"),
+        ({"prompt": "x", "erase": 1}, "erase=1; expected True or False"),
+        ({"prompt": "x", "erase": True, "blend": None}, "blend=None, which is all of the picture"),
+        ({"swap": "cat", "subject": Subject(PICTURE, "dog"), "erase": True}, "a subject to put there; leave one out"),
         ({"prompt": "x", "room": 0.5}, "room=0.5 is for what comes in the place of a word; pass swap='cat'"),
         ({"prompt": "x", "swap": "cat", "room": 1.5}, "room=1.5; expected a number between 0 and 1"),
         ({"prompt": "x", "swap": "cat", "room": "all"}, "room='all'; expected a number between 0 and 1"),

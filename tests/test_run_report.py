@@ -121,7 +121,7 @@ def test_ancestors_edit_with_published_settings() -> None:
 
 
 def test_ours_edits_with_the_editors_defaults() -> None:
-    from p2p_subject import Subject, swap_subject
+    from p2p_subject import Subject, remove, swap_subject
 
     suite = WorldSuite(Options())
     case = suite.case("swap-0000")
@@ -133,6 +133,11 @@ def test_ours_edits_with_the_editors_defaults() -> None:
     best = METHODS["ours-best"]
     assert best.spec(case, True) == spec and best.spec(words, True).cross_replace == (0, 0.4)
     assert method_of("ours-best[cross_replace=0.6]").spec(words, True).cross_replace == (0, 0.6)
+    out, removal = suite.case("remove-0000"), METHODS["ours"].spec(suite.case("remove-0000"), True)
+    assert removal == best.spec(out, True) == remove(list(out.source_words), out.target_prompt)
+    assert not METHODS["direct+p2p"].spec(out, True).erase and method_of("ours[grow=0]").spec(out, True).blend.grow == 0
+    assert METHODS["ours+mask"].spec(out, True).erase
+    assert method_of("ours[self_replace=0.2]").spec(out, True).self_replace == (0, 0.2)
     assert METHODS["ours"].paste and not METHODS["ours"].mask_input
     given = METHODS["ours+mask"].spec(case, True).blend
     assert given.mask is not None and METHODS["ours+mask"].mask_input
