@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as changed
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from p2p_subject import Blend, Editor, EditSpec, Subject, replace, reweight, swap_subject
+from p2p_subject import Blend, Editor, EditSpec, Subject, remove, replace, reweight, swap_subject
 from p2p_subject.errors import HookError, SubjectError
 from tests import tiny_pipelines
 
@@ -51,6 +53,20 @@ def test_pictures_of_any_shape_are_inverted_and_edited(editor, size) -> None:
     recorded = editor.edit(editor.record(source), spec)
     assert (recorded.latents - result.latents).abs().max() < 1e-2 * result.latents.abs().max()
     assert recorded.unet_rows == 2 * STEPS < result.unet_rows
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 16), (18, 30)])
+def test_a_removal_hides_its_region_in_pictures_of_any_shape(editor, size) -> None:
+    source = editor.invert(picture(*size), "a cat on grass", steps=STEPS)
+    mask = np.zeros(size[::-1], np.uint8)
+    mask[:8, :8] = 255
+    erased, plain = (
+        editor.edit(source, changed(remove("cat", "grass"), erase=erase), mask=mask, paste=False) for erase in (True, False)
+    )
+    assert erased.image.size == size and erased.unet_rows == plain.unet_rows == 2 * STEPS
+    assert torch.isfinite(erased.latents).all() and (erased.latents - plain.latents).abs().max() > 1e-3
+    # Outside the mask the latents are the source's.
+    assert torch.equal(erased.latents[..., 4:, 4:], source.trajectory.clean[..., 4:, 4:])
 
 
 @pytest.mark.parametrize("method", ["direct", "fixed_point", "null_text", "negative_prompt", "edit_friendly", "ddim"])
