@@ -159,7 +159,7 @@ def published_run(model: Model, prompt: str, spec: EditSpec, steps: int, size: t
     Raises `ValueError` for an edit that the published code does not have.
     """
     blend = spec.blend
-    if spec.subject is not None or spec.padding != "reference" or spec.cross_windows()[1]:
+    if spec.subject is not None or spec.erase or spec.padding != "reference" or spec.cross_windows()[1]:
         raise ValueError(f"{spec}: expected a text edit with padding='reference' and one window for all words")
     if blend is not None and (
         (blend.rule, blend.maps, blend.subtract, blend.grow, blend.mask) != ("peak", "running", (), 0, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,7 @@ class Networks:
     def __init__(self, clip: str | None, dino: str | None, lpips: str | None, device: str) -> None:
         self.names = {"clip": clip, "dino": dino, "lpips": lpips}
         self.device = device
+        self._fingerprints: dict[str, str] = {}
 
     def record(self) -> dict[str, str | None]:
         """Names, and of networks in local folders a short hash of their weights."""
@@ -211,8 +212,9 @@ class Networks:
     def fingerprints(self) -> dict[str, str]:
         """Short hashes of the weights that are loaded, by network; the same wherever they came from."""
         # What a cached property has made is in the object's own dictionary.
-        made = {kind: self.__dict__.get(kind) for kind in self.names}
-        return {kind: _fingerprint(network) for kind, network in made.items() if network is not None}
+        made = {kind: network for kind in self.names if (network := self.__dict__.get(kind)) is not None}
+        self._fingerprints |= {kind: _fingerprint(made[kind]) for kind in made.keys() - self._fingerprints.keys()}
+        return {kind: self._fingerprints[kind] for kind in made}
 
     def _made(self, kind: type, name: str | None) -> Any:
         return None if name in (None, "none") else kind(name, self.device)
@@ -233,7 +235,6 @@ class Networks:
         return self._made(Lpips, self.names["lpips"])
 
 
-@cache
 def _fingerprint(network: Clip | Dino | Lpips) -> str:
     digest = hashlib.sha256()
     for name, values in sorted(network.model.state_dict().items()):

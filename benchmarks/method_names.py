@@ -87,6 +87,7 @@ def _require_settings(method: Method | Generation, name: str) -> None:
             for edit in (method.edit, method.by_words, method.pie):
                 own = {key: value for key, value in edit.items() if key != "weight"}
                 EditSpec(prompt="a photo", swap="photo", blend=Blend(**(method.blend or {})), **own)
+            _edits(method)
         except (P2PSubjectError, TypeError) as error:
             raise ArgumentError(f"method {name!r}: {error}") from error
 
@@ -121,7 +122,8 @@ def _changed(method: MethodFunction, key: str, value: Any, name: str) -> MethodF
     if key in own:
         return replace(method, **{key: value})
     if isinstance(method, Method):
-        if key in {f.name for f in fields(EditSpec)} - {"prompt", "swap", "subject", "blend"}:
+        # What is erased follows from the case: a removal.
+        if key in {f.name for f in fields(EditSpec)} - {"prompt", "swap", "subject", "blend", "erase"}:
             narrower = {name: {**own, key: value} for name in ("by_words", "pie") if (own := getattr(method, name))}
             return replace(method, edit={**method.edit, key: value}, **narrower)
         if key in {f.name for f in fields(Blend)} - {"mask"} and method.blend is not None:
@@ -172,7 +174,7 @@ def _edits(method: Method) -> dict[str, dict[str, Any]]:
     picture, mask = Image.new("RGB", (8, 8)), np.ones((8, 8), bool)
     words = {"source": picture, "source_words": ("cat",), "target_words": ("dog",), "mask": mask}
     case = Case("", "", "", 0, "a cat", "a dog", **words)
-    asked = {} if method.subjects else {"words": case, "removal": replace(case, target_words=())}
+    asked = {} if method.subjects else {"words": case, "removal": replace(case, kind="remove", target_words=())}
     asked["subject"] = replace(case, references=(picture,), category="dog")
     found = {}
     for kind, one in asked.items():

@@ -33,6 +33,8 @@ from p2p_subject.source import Source
 
 MethodFunction = Callable[[Editor, Case], Edited]
 PIE_BENCH = "pie"
+REMOVALS = ("remove", "delete-object")
+"""Kinds of the world and of PIE-Bench that take an object out."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,14 @@ class Method:
                 return EditSpec(swap=case.source_words[0], subject=subject, **given)
             return swap_subject(case.source_words[0], subject, **given)
         if self._removes(case):
-            windows = {name: value for name, value in self.edit.items() if name != "room"}
-            return remove(list(case.source_words), case.target_prompt, **windows, blend=given["blend"])
+            # Its windows are its own, unless they are set; without one, weights could not act.
+            asked = {name: value for name, value in self.edit.items() if name not in ("room", "weights")}
+            return remove(list(case.source_words), case.target_prompt, **asked, blend=given["blend"])
         return EditSpec(prompt=case.target_prompt, **given)
 
     def _removes(self, case: Case) -> bool:
-        """Whether what the source's words show gives way to nothing, and the method is not one that was published without."""
-        return not self.published and bool(case.source_words) and not case.target_words
+        """Whether the source's words are to be taken out, by a method that has more for it than the prompt."""
+        return not self.published and case.kind in REMOVALS and bool(case.source_words) and not case.target_words
 
     def _blend(self, case: Case, with_subject: bool) -> Blend | None:
         if self.mask_input:

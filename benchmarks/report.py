@@ -38,7 +38,8 @@ MIXED = ("threads", "code", "versions", "networks")
 def present(folder: Path, rows: Sequence[Row]) -> tuple[list[Row], int]:
     """The rows with those of their pictures that are in the folder, and the number of the others."""
     kept = [{k: path for k, path in row.get("pictures", {}).items() if (folder / path).is_file()} for row in rows]
-    lost = sum(len(row.get("pictures", {})) - len(own) for row, own in zip(rows, kept))
+    named = {path for row in rows for path in row.get("pictures", {}).values()}
+    lost = len(named - {path for own in kept for path in own.values()})
     return [{**row, "pictures": own} for row, own in zip(rows, kept)], lost
 
 

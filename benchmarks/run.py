@@ -78,13 +78,18 @@ def record(settings: Settings, suite: Suite) -> dict[str, Any]:
 
 
 def require_devices(devices: Sequence[str]) -> None:
-    """Raise `ModelError` for a device that is not to be had, which would end a process of a pool without a word."""
+    """Raise `ModelError` for a device that is not to be had, which would end a process of a pool without a word.
+
+    Asks without using the devices: a context here would take memory beside the processes that do.
+    """
     for device in devices:
         try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
+            asked = torch.device(device)
+        except RuntimeError as error:
             said = str(error).splitlines()[0]
-            raise ModelError(f"device {device!r} is not to be had here ({said}); try --devices cpu") from error
+            raise ModelError(f"device {device!r} is none ({said}); expected such as cpu or cuda:0") from error
+        if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+            raise ModelError(f"device {device!r} is not to be had here ({torch.cuda.device_count()} CUDA devices); try cpu")
 
 
 def rows_of(settings: Settings, tasks: Sequence[Task], devices: Sequence[str], processes: int) -> Iterator[Row]:

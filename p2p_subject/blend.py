@@ -151,16 +151,18 @@ def squares_around(mask: Tensor) -> Tensor:
 def visible_pixels(mask: Tensor) -> dict[int, Tensor]:
     """Which pixels lie outside a mask (h, w) at every resolution of a U-Net, by their number Q: (Q,) bool.
 
-    Sides are halved, rounded up. A pixel is hidden if any of what it covers is in the mask; a resolution of which nothing would
-    be left is visible.
+    Sides are halved, rounded up. A pixel is hidden if any of what it covers is in the mask; where nothing would be left of a
+    resolution, if all of it is; and where that leaves nothing either, none is.
     """
-    found, hidden = {}, (mask > 0.5).float()[None]
+    found, touched, filled = {}, (mask > 0.5).float()[None], (mask > 0.5).float()[None]
     while True:
-        seen = hidden.flatten() == 0
-        found[seen.numel()] = seen | ~seen.any()
+        choices = (~hidden.flatten().bool() for hidden in (touched, filled))
+        seen = next((own for own in choices if own.any()), torch.ones_like(touched.flatten(), dtype=torch.bool))
+        found[seen.numel()] = seen
         if seen.numel() == 1:
             return found
-        hidden = F.max_pool2d(hidden, 2, 2, ceil_mode=True)
+        touched = F.max_pool2d(touched, 2, 2, ceil_mode=True)
+        filled = -F.max_pool2d(-filled, 2, 2, ceil_mode=True)
 
 
 def _of_length(span: slice, length: int) -> slice:

@@ -46,11 +46,11 @@ def parser() -> argparse.ArgumentParser:
     edit = command("edit", "put a subject in the place of a word of a picture, take one out, or edit by prompt alone")
     _source_arguments(edit)
     edit.add_argument("--swap", type=_word, metavar="WORD", help="word of the prompt to replace; WORD#1 for its second place")
-    about = "word of what to take out, with windows of 0; --target-prompt says what is left"
+    about = "take out what WORD of the prompt shows; needs --target-prompt, what is left, such as 'grass'"
     edit.add_argument("--remove", type=_word, metavar="WORD", help=about)
     _subject_arguments(edit)
     _control_arguments(edit, "the kind of it to be made of SOURCE")
-    edit.add_argument("--target-prompt", metavar="TEXT", help="prompt of the result (default: follows from --swap, --category)")
+    edit.add_argument("--target-prompt", metavar="TEXT", help="prompt of the result (follows from --swap and --category)")
     edit.add_argument("--weight", action="append", type=_weight, metavar="WORD=F", help="how much a word of the result counts")
     edit.add_argument("--out", required=True, metavar="FILE", help="the edited picture (.png, .jpg, .webp, .tif or .bmp)")
     edit.add_argument("--mask-out", metavar="FILE", help="write where the picture was allowed to change")

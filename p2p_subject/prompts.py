@@ -53,8 +53,9 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     Raises `WordNotFoundError`, `AmbiguousWordError`, `PromptTooLongError` and `EditSpecError`; runs no network.
     """
     prompt, place = target_prompt(source, spec)
-    # A subject that the source was generated with stays, unless the edit brings another.
-    target = layout(prompt, subject=spec.subject is not None or len(source.subject) > 0)
+    # A subject that the source was generated with stays, unless the edit brings another or takes it out.
+    taken_out = spec.erase and any(set(own) & set(source.subject) for _, own in _with_subject(source, _edited_words(spec)))
+    target = layout(prompt, subject=spec.subject is not None or (len(source.subject) > 0 and not taken_out))
     if spec.subject is not None:
         require_subject_first(target, spec.subject.category)
     for word in (*spec.weights, *spec.cross_windows()[1]):
@@ -63,9 +64,6 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     if spec.blend is None:
         return Plan(target, alignment, Words(), Words(), Words())
     rule_of(spec.blend.rule)
-    named = spec.blend.source_words
-    if named is None:
-        named = () if spec.swap is None else (spec.swap,)
     if spec.blend.target_words is not None:
         labels = _labelled(target, spec.blend.target_words)
     else:
@@ -74,7 +72,7 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     plan = Plan(
         layout=target,
         alignment=alignment,
-        source_words=_words(source, _with_subject(source, named), ours),
+        source_words=_words(source, _with_subject(source, _edited_words(spec)), ours),
         target_words=_words(target, labels, theirs),
         swapped=Words() if spec.swap is None else _words(source, _with_subject(source, (spec.swap,))),
     )
@@ -139,6 +137,13 @@ def require_subject_first(layout: TokenLayout, category: str) -> None:
 def word_and_index(word: Word) -> tuple[str, int | None]:
     """A word as (text, index), the index None where it was not given."""
     return (word, None) if isinstance(word, str) else (word[0], word[1])
+
+
+def _edited_words(spec: EditSpec) -> tuple[Word, ...]:
+    """Words of the source whose region the blend takes: those that it names, or the one that is swapped."""
+    if spec.blend is not None and spec.blend.source_words is not None:
+        return spec.blend.source_words
+    return () if spec.swap is None else (spec.swap,)
 
 
 def _with_subject(source: TokenLayout, words: tuple[Word, ...]) -> tuple[tuple[str, Columns], ...]:

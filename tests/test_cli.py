@@ -151,8 +151,8 @@ class TestEdit:
         assert (swap.cross_replace, swap.self_replace, spec.room, swap.room) == ((0.0, 0.2), (0.0, 0.2), 0.0, 0.5)
         gone = remove("cat", "grass")
         assert gone.cross_replace == gone.self_replace == (0.0, 0.0)
-        windows = ("(0.8; subjects: 0.2)", "(0.4; subjects: 0.2)", "take out, with windows of 0")
-        for default in (*windows, "(0; subjects: 0.5)", "(default share)"):
+        windows = ("(0.8; subjects: 0.2)", "(0.4; subjects: 0.2)")
+        for default in (*windows, "(0; subjects: 0.5)", "(default share)", "take out what WORD of the prompt shows"):
             assert default in told
 
     @pytest.mark.parametrize("terminal", [False, True])
@@ -322,8 +322,9 @@ MISTAKES = {
     "no subject": ("SubjectError", "add --subject", without("--subject")),
     "subject without a place": ("EditSpecError", "no word for it", (*without("--swap"), "--target-prompt", "a dog")),
     "nothing to do": ("EditSpecError", "needs a prompt", EDIT),
-    "removal and swap": ("EditSpecError", "leave one out", (*SWAP, "--remove", "cat")),
-    "removal and subject": ("EditSpecError", "leave one out", (*without("--swap"), "--remove", "cat")),
+    "removal and swap": ("EditSpecError", "leave --swap and --subject and --category out", (*SWAP, "--remove", "cat")),
+    "removal and category": ("EditSpecError", "leave --category out", (*EDIT, "--remove", "cat", "--category", "dog")),
+    "removal and room": ("EditSpecError", "leave --room out", (*EDIT, "--remove", "cat", "--room", "0.5")),
     "removal of what to leave what": ("PromptError", "what is left", (*EDIT, "--remove", "cat")),
     "mask of nothing": ("OutputError", "there is no mask", (*EDIT, "--target-prompt", "a dog", "--mask-out", "{tmp}/m.png")),
     "colours as mask": ("MaskError", "expected grey", (*SWAP, "--mask", "{scene}")),

@@ -627,6 +627,21 @@ def test_a_removal_sees_nothing_of_what_it_takes_out(editor, source) -> None:
     assert np.array_equal(np.asarray(made.image)[outside], np.asarray(source.image)[outside])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_subject_that_is_taken_out_is_not_in_the_prompt_either(editor, dog, masked) -> None:
+    source = editor.generate("a dog on grass", subject=dog, steps=STEPS, seed=0)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32] = 255
+    changes = {"blend": Blend(mask=mask)} if masked else {}
+    # "some grass" holds no place for a subject, and needs none.
+    result = editor.edit(source, remove("dog", "some grass", **changes))
+    assert result.prompt == "some grass" and torch.isfinite(result.latents).all()
+    made = describe(layout_of(editor.model, source), remove("dog", "a field of grass", **changes), editor.model.layout)
+    assert not made.layout.subject
+    kept = describe(layout_of(editor.model, source), remove("grass", "a dog", **changes), editor.model.layout)
+    assert len(kept.layout.subject) == len(layout_of(editor.model, source).subject) > 0
+
+
 def test_removals_go_with_other_edits_masks_recordings_and_words_alone(editor, source, dog) -> None:
     spec = remove("cat", "grass")
     swap, erased = editor.edit(source, [swap_subject("cat", dog), spec])

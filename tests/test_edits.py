@@ -69,7 +69,9 @@ def test_a_removal_names_its_region_follows_nothing_and_takes_a_blend_of_yours()
     assert own.blend == Blend(source_words=("cat",), target_words=(), feather=4.0, subtract=("hat",))
     assert own.self_replace == (0.0, 0.2)
     masked = Blend(mask=np.full((2, 3), 255, np.uint8))
-    assert remove("cat", "grass", blend=masked).blend == masked
+    assert remove("cat", "grass", blend=masked).blend == replace(masked, source_words=("cat",), target_words=())
+    with pytest.raises(EditSpecError, match="nothing to take out"):
+        remove([], "grass")
     with pytest.raises(EditSpecError, match="all of the picture"):
         remove("cat", "grass", blend=None)
     with pytest.raises(EditSpecError, match="a word of|expected a"):

@@ -135,6 +135,9 @@ def test_ours_edits_with_the_editors_defaults() -> None:
     assert method_of("ours-best[cross_replace=0.6]").spec(words, True).cross_replace == (0, 0.6)
     out, removal = suite.case("remove-0000"), METHODS["ours"].spec(suite.case("remove-0000"), True)
     assert removal == best.spec(out, True) == remove(list(out.source_words), out.target_prompt)
+    # A change whose new word the prompt lacks is no removal.
+    assert not METHODS["ours"].spec(replace(out, kind="change-object"), True).erase
+    assert METHODS["ours"].spec(replace(out, kind="delete-object"), True) == removal
     assert not METHODS["direct+p2p"].spec(out, True).erase and method_of("ours[grow=0]").spec(out, True).blend.grow == 0
     assert METHODS["ours+mask"].spec(out, True).erase
     assert method_of("ours[self_replace=0.2]").spec(out, True).self_replace == (0, 0.2)
@@ -200,6 +203,7 @@ def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: 
         ("ours[paste=False]", "paste='False'; expected true or false"),
         ("direct+p2p[published=null]", "published=None; expected true or false"),
         ("ours[skip=1]", "skip=1; expected a fraction"),
+        ("ours[erase=true]", "no setting 'erase'"),
         ("ours[guidance_scale=NaN]", "guidance_scale=nan; expected a number"),
         ("null-text+p2p[guidance_scale=x]", "guidance_scale='x'; expected a number"),
         ("ours[inversion=directly]", "method='directly'"),
@@ -411,8 +415,9 @@ def test_a_folder_that_cannot_be_a_runs_is_refused_before_a_model_is_loaded(
     for out in (tmp_path / "file", tmp_path / "file" / "within"):
         with pytest.raises(RunError, match=r"file is a file; expected a folder"):
             run.measure(settings_of(miniature_folder, out, "paste"))
-    with pytest.raises(ModelError, match="device 'cuda:99' is not to be had here"):
-        run.measure(settings_of(miniature_folder, tmp_path / "out", "paste"), devices=("cpu", "cuda:99"))
+    for device, message in (("cuda:99", "is not to be had here"), ("gpu", "is none")):
+        with pytest.raises(ModelError, match=f"device '{device}' {message}"):
+            run.measure(settings_of(miniature_folder, tmp_path / "out", "paste"), devices=("cpu", device))
     assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
 
 
@@ -602,8 +607,11 @@ def test_a_report_goes_without_pictures_that_are_gone(tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     folder = made_run(tmp_path)
-    for number in range(2):
-        (folder / "pictures" / f"good-{number}-edited.png").unlink()
+    rows = read_rows(folder)
+    rows[1]["pictures"]["source"] = rows[0]["pictures"]["source"]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / rows[0]["pictures"]["source"]).unlink()
+    (folder / "pictures" / "good-1-edited.png").unlink()
     assert "2 pictures are missing in the folder" in report.report(folder)
     assert Page((folder / "report.html").read_text()).text.count("missing in the folder") == 1
 
