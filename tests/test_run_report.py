@@ -580,8 +580,6 @@ def test_the_worst_cases_of_a_method_come_first(tmp_path: Path) -> None:
 
 
 def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
-    pytest.importorskip("matplotlib")
     text = report.report(made_run(tmp_path), against="bad", shown=4)
     assert (tmp_path / "report.md").read_text() == text and "## swap (6 cases)" in text and "1 failed" in text
     assert "command: python -m x" in text
@@ -604,8 +602,6 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
 
 
 def test_a_report_goes_without_pictures_that_are_gone(tmp_path: Path) -> None:
-    pytest.importorskip("jinja2")
-    pytest.importorskip("matplotlib")
     folder = made_run(tmp_path)
     rows = read_rows(folder)
     rows[1]["pictures"]["source"] = rows[0]["pictures"]["source"]
@@ -617,8 +613,6 @@ def test_a_report_goes_without_pictures_that_are_gone(tmp_path: Path) -> None:
 
 
 def test_a_report_of_real_rows_is_written(everything: Path) -> None:
-    pytest.importorskip("jinja2")
-    pytest.importorskip("matplotlib")
     assert report.main([str(everything), "--shown", "1"]) == 0
     found = Page((everything / "report.html").read_text())
     assert "replace (1 cases)" in found.text and "null-text+p2p" in found.text and "paste *" in found.text
