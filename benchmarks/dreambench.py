@@ -145,9 +145,6 @@ class DreamBench(Suite):
     def prepare(self) -> None:
         self.networks.load()
 
-    def fingerprints(self) -> dict[str, str]:
-        return self.networks.fingerprints()
-
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         values: Values = {}
         clip, dino = self.networks.clip, self.networks.dino

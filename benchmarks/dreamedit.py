@@ -101,9 +101,6 @@ class DreamEditBench(Suite):
     def prepare(self) -> None:
         self.networks.load()
 
-    def fingerprints(self) -> dict[str, str]:
-        return self.networks.fingerprints()
-
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         values: Values = {}
         known, source, shown = self._features(case), squeezed(case.source), squeezed(edited.image)

@@ -198,7 +198,6 @@ class Networks:
     def __init__(self, clip: str | None, dino: str | None, lpips: str | None, device: str) -> None:
         self.names = {"clip": clip, "dino": dino, "lpips": lpips}
         self.device = device
-        self._fingerprints: dict[str, str] = {}
 
     def record(self) -> dict[str, str | None]:
         """Names, and of networks in local folders a short hash of their weights."""
@@ -209,12 +208,10 @@ class Networks:
         """Load all of them; `ModelError` for one that is not there."""
         _ = self.clip, self.dino, self.lpips
 
+    @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """Short hashes of the weights that are loaded, by network; the same wherever they came from."""
-        # What a cached property has made is in the object's own dictionary.
-        made = {kind: network for kind in self.names if (network := self.__dict__.get(kind)) is not None}
-        self._fingerprints |= {kind: _fingerprint(made[kind]) for kind in made.keys() - self._fingerprints.keys()}
-        return {kind: self._fingerprints[kind] for kind in made}
+        """Short hashes of the weights by network, the same wherever they came from; loads what is not loaded yet."""
+        return {kind: _fingerprint(network) for kind in self.names if (network := getattr(self, kind)) is not None}
 
     def _made(self, kind: type, name: str | None) -> Any:
         return None if name in (None, "none") else kind(name, self.device)

@@ -45,10 +45,10 @@ class Method:
     `Editor.invert` and `Editor.edit`. `edit` are fields of `EditSpec`, `blend` fields of `Blend` (None: all of the picture may
     change), whose words are the case's. `by_words` are further fields of edits by words that put something in; `pie` are fields
     of the edit that the published code uses on PIE-Bench instead, with `weight` for the target's word. `published` aligns
-    prompts as the
-    published controllers do: "replace" for prompts of as many words, "refine" for others, for subjects, and where `pie` holds;
-    what it does not set is as in `EditSpec`, not as in `swap_subject`. `reconstructs` follows the source's generation from its
-    noise without guidance, instead of the inverted latents. `subjects`: for swaps alone. `mask_input`: given the true mask.
+    prompts as the published controllers do: "replace" for prompts of as many words, "refine" for others, for subjects, and
+    where `pie` holds; what it does not set is as in `EditSpec`, not as in `swap_subject`. `reconstructs` follows the source's
+    generation from its noise without guidance, instead of the inverted latents. `subjects`: for swaps alone. `mask_input`:
+    given the true mask.
     """
 
     paper: str

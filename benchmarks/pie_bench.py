@@ -183,9 +183,6 @@ class PieBench(Suite):
         metrics.require_torchmetrics()
         self.networks.load()
 
-    def fingerprints(self) -> dict[str, str]:
-        return self.networks.fingerprints()
-
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         source, picture, edge = np.asarray(case.source), np.asarray(edited.image), bordered(case.mask)
         values: Values = {}

@@ -29,8 +29,6 @@ STAR = (
     "* was given the true mask (mask_input); n is the number of cases (in DreamBench and DreamEdit of subjects) with a value. "
     "A failed case counts as 0 in shares, cosines and IoUs, and has no value in the rest; the last column says how many failed."
 )
-
-
 MIXED = ("threads", "code", "versions", "networks")
 """What one run should have one of."""
 

@@ -98,7 +98,7 @@ def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows
         asked, made = asked_of(next(iter(own.values()))), []
         for name, row in own.items():
             values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
-            if "edited" in row.get("pictures", {}):
+            if "edited" in row["pictures"]:
                 made.append((f"{label(name, {'': row})}: {', '.join(filter(None, values))}", row["pictures"]["edited"]))
         panels.append([(text, Image.open(folder / path)) for text, path in [*asked, *made]])
     title = f"{section.kind}: from the worst of {against} to its best; {', '.join(measure.title for measure in axes)}"

@@ -51,7 +51,6 @@ class RunFolder:
         left of its last line is cut off. Raises `RunError` for other settings, for damaged rows, and where another process
         holds the folder. `command`, if any, is noted, so that the report can say how to repeat the run.
         """
-        require_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("a") as lock:
             _lock(lock, self.path)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from benchmarks.features import Networks
 from p2p_subject.checks import Word
 from p2p_subject.errors import P2PSubjectError
 from p2p_subject.tokens import phrase_pattern
@@ -163,6 +164,8 @@ class Suite(ABC):
     """Whether the published figures are means over all kinds together."""
     needs_subjects: ClassVar[bool] = False
     """Whether every case shows a subject, so that a model that takes none has nothing to do."""
+    networks: Networks | None = None
+    """The feature networks that measure, if any do."""
 
     def __init__(self, options: Options) -> None:
         unknown = [kind for kind in options.kinds if kind not in self.kinds]
@@ -194,8 +197,8 @@ class Suite(ABC):
         """Values by the names of `measures`; None, or no entry, where the case has none."""
 
     def fingerprints(self) -> dict[str, str]:
-        """Short hashes by name of the weights that measuring has loaded, for every row."""
-        return {}
+        """Short hashes by name of the weights that measure, for every row; after `prepare`, which loads them."""
+        return {} if self.networks is None else self.networks.fingerprints
 
     @abstractmethod
     def record(self) -> dict[str, Any]:

@@ -263,16 +263,15 @@ def control_of(arguments: Namespace, opened: Image.Image | Source | None = None)
 
 def _spec(arguments: Namespace) -> EditSpec:
     """The edit that the arguments ask for."""
-    word, changes = arguments.swap, given(arguments, "cross_replace", "self_replace", "room")
+    word, blend = arguments.swap, _blend(arguments)
+    changes = given(arguments, "cross_replace", "self_replace", "room")
+    changes |= {"prompt": arguments.target_prompt, "blend": blend, "weights": dict(arguments.weight or [])}
     if arguments.remove is not None:
         others = [f"--{name}" for name in ("swap", "subject", "category", "room") if getattr(arguments, name) is not None]
         if others:
             raise EditSpecError(f"--remove puts nothing in the place of what it takes out; leave {' and '.join(others)} out")
         if arguments.target_prompt is None:
             raise PromptError("--remove needs --target-prompt, a text that describes what is left, such as 'grass'")
-    blend = _blend(arguments)
-    changes |= {"prompt": arguments.target_prompt, "blend": blend, "weights": dict(arguments.weight or [])}
-    if arguments.remove is not None:
         return remove(arguments.remove, **changes)
     subject = subject_of(arguments)
     return EditSpec(swap=word, **changes) if subject is None else swap_subject(word, subject, **changes)

@@ -137,9 +137,8 @@ def prepare(
 
 
 def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tuple[int, int]) -> Target:
-    subject = source.subject if spec.subject is None else model.embed(spec.subject)
-    if not made.layout.subject:  # the source's own is taken out
-        subject = None
+    # The source's own stays, unless it is taken out: then the target's layout has no place for it.
+    subject = (source.subject if made.layout.subject else None) if spec.subject is None else model.embed(spec.subject)
     fixed = None
     if spec.blend is not None and spec.blend.mask is not None:
         fixed = latent_mask(load_mask(spec.blend.mask, source.image.size), size).to(model.device)

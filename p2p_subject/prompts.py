@@ -54,7 +54,8 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     """
     prompt, place = target_prompt(source, spec)
     # A subject that the source was generated with stays, unless the edit brings another or takes it out.
-    taken_out = spec.erase and any(set(own) & set(source.subject) for _, own in _with_subject(source, _edited_words(spec)))
+    edited = _with_subject(source, _edited_words(spec))
+    taken_out = spec.erase and any(set(own) & set(source.subject) for _, own in edited)
     target = layout(prompt, subject=spec.subject is not None or (len(source.subject) > 0 and not taken_out))
     if spec.subject is not None:
         require_subject_first(target, spec.subject.category)
@@ -72,7 +73,7 @@ def describe(source: TokenLayout, spec: EditSpec, layout: Callable[..., TokenLay
     plan = Plan(
         layout=target,
         alignment=alignment,
-        source_words=_words(source, _with_subject(source, _edited_words(spec)), ours),
+        source_words=_words(source, edited, ours),
         target_words=_words(target, labels, theirs),
         swapped=Words() if spec.swap is None else _words(source, _with_subject(source, (spec.swap,))),
     )
