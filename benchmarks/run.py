@@ -4,37 +4,31 @@
     python -m benchmarks.report runs/x
 
 The same command goes on where a killed run stopped; more methods, kinds or cases may be added to a folder, other settings not.
-A case that raises an error is a row with its error, and counts as failed; one that ends its process (out of memory) ends the
-run. Methods: see `benchmarks.methods`; several devices
-and processes share the work.
+A case that raises an error is a row with its error, and counts as failed; so does one that ends its process (out of memory),
+where several processes or devices share the work: with one, it ends the run. Methods: see `benchmarks.methods`.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.lanes import Task, in_lanes
 from benchmarks.method_names import applies, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
-from benchmarks.run_folder import ROWS, Row, RunError, RunFolder, read_rows, require_folder
+from benchmarks.run_folder import ROWS, Row, RunFolder, read_rows, require_folder
 from benchmarks.suite import Case, Options, Suite
 from benchmarks.suites import SUITES, open_suite
-from benchmarks.worker import Settings, Worker, begin, require_possible, work
+from benchmarks.worker import Settings, Worker, require_possible
 from p2p_subject.editor import Editor
 from p2p_subject.errors import ArgumentError, ModelError, P2PSubjectError
-
-Task = tuple[str, str, str]
-"""Method, kind and id of a case."""
 
 
 def plan(suite: Suite, methods: Mapping[str, MethodFunction]) -> list[Task]:
@@ -92,24 +86,16 @@ def require_devices(devices: Sequence[str]) -> None:
             raise ModelError(f"device {device!r} is not to be had here ({torch.cuda.device_count()} CUDA devices); try cpu")
 
 
-def rows_of(settings: Settings, tasks: Sequence[Task], devices: Sequence[str], processes: int) -> Iterator[Row]:
+def rows_of(
+    settings: Settings, tasks: Sequence[Task], devices: Sequence[str], processes: int, fingerprint: str
+) -> Iterator[Row]:
     """Rows of the tasks as they are done, by `processes` processes on each device; one alone is this process."""
-    if len(devices) * processes == 1:
-        worker = Worker(settings, devices[0])
-        worker.warm_up()
-        yield from (worker.row(*task) for task in tasks)
+    if len(devices) * processes > 1:
+        yield from in_lanes(settings, tasks, devices, processes, fingerprint)
         return
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for device in [device for device in devices for _ in range(processes)]:
-        queue.put(device)
-    pool = ProcessPoolExecutor(len(devices) * processes, context, begin, (settings, queue))
-    try:
-        yield from (done.result() for done in as_completed([pool.submit(work, *task) for task in tasks]))
-    except BrokenProcessPool as error:
-        raise RunError("a process of the run died (out of memory?); what is done is kept, the same command goes on") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    worker = Worker(settings, devices[0])
+    worker.warm_up()
+    yield from (worker.row(*task) for task in tasks)
 
 
 def measure(
@@ -128,14 +114,16 @@ def measure(
     folder = RunFolder(settings.out)
     require_folder(settings.out)
     require_devices(devices)
-    with folder.opened(record(settings, suite), {name: described(method) for name, method in methods.items()}, command):
+    recorded = record(settings, suite)
+    with folder.opened(recorded, {name: described(method) for name, method in methods.items()}, command):
         if retry:
             folder.forget_failures((name, id) for name, _, id in tasks)
         missing = [task for task in tasks if (task[0], task[2]) not in folder.rows]
         if missing:
             # Here as well as in every process, where an error would have no name.
             open_suite(settings.suite, settings.options).prepare()
-            for row in tqdm(rows_of(settings, missing, devices, processes), desc="cases", total=len(missing), disable=None):
+            rows = rows_of(settings, missing, devices, processes, recorded["fingerprint"])
+            for row in tqdm(rows, desc="cases", total=len(missing), disable=None):
                 folder.add(row)
         return [folder.rows[name, id] for name, _, id in tasks]
 

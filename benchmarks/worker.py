@@ -94,11 +94,8 @@ class Worker:
     def row(self, name: str, kind: str, id: str) -> Row:
         """Run a method on a case, measure and save what it returns; a failure is a row with its error and no values."""
         method = self.methods[name]
-        row: Row = {"suite": self.suite.name, "kind": kind, "case": id, "method": name, "mask_input": takes_mask(method)}
-        row |= {"seed": None, "device": self.device, "threads": self.settings.threads, "model": self.fingerprint}
-        row |= {"trajectory": None, "pictures": {}} | environment()
+        row = begun(self.settings, self.device, self.fingerprint, name, kind, id)
         values: Values = {}
-        began = time.time()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
             try:
@@ -116,8 +113,23 @@ class Worker:
             except Exception as error:
                 row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-4)}
         row["metrics"] = {measure.name: values.get(measure.name) for measure in self.suite.measures}
-        row["warnings"] = sorted({str(warning.message) for warning in told})
-        return row | {"began": round(began, 3)}
+        return row | {"warnings": sorted({str(warning.message) for warning in told})}
+
+
+def begun(settings: Settings, device: str, fingerprint: str, name: str, kind: str, id: str) -> Row:
+    """What the row of a case says before the case is read."""
+    mask_input = takes_mask(settings.named_methods()[name])
+    row: Row = {"suite": settings.suite, "kind": kind, "case": id, "method": name, "mask_input": mask_input, "seed": None}
+    row |= {"device": device, "threads": settings.threads, "model": fingerprint, "trajectory": None, "pictures": {}}
+    return row | environment() | {"began": round(time.time(), 3)}
+
+
+def row_of_death(settings: Settings, device: str, fingerprint: str, name: str, kind: str, id: str) -> Row:
+    """The row of a case that ended its process: a failure like others, without a traceback."""
+    why = "ProcessDied: the case ended its process (out of memory?), which left no traceback"
+    metrics = dict.fromkeys(measure.name for measure in open_suite(settings.suite, settings.options).measures)
+    row = begun(settings, device, fingerprint, name, kind, id)
+    return row | {"error": why, "traceback": "", "metrics": metrics, "warnings": []}
 
 
 def unanswered(case: Case) -> Case:
@@ -161,16 +173,16 @@ def require_possible(editor: Editor, suite: Suite, methods: Mapping[str, MethodF
 _WORKER: Worker | None = None
 
 
-def begin(settings: Settings, devices: Any) -> None:
-    """Initialise a process of a pool; it takes its device from a queue, and ends when its parent does."""
+def begin(settings: Settings, device: str) -> None:
+    """Initialise a process of a run, which ends when its parent does."""
     global _WORKER
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _WORKER = Worker(settings, devices.get())
+    _WORKER = Worker(settings, device)
     _WORKER.warm_up()
 
 
 def _end_with_parent() -> None:
-    # A pool's processes wait for work for ever if their parent is killed.
+    # The processes of a run wait for work for ever if their parent is killed.
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -178,5 +190,5 @@ def _end_with_parent() -> None:
 
 
 def work(name: str, kind: str, id: str) -> Row:
-    """The row of a case, in a process of a pool."""
+    """The row of a case, in a process of a run."""
     return _WORKER.row(name, kind, id)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import report, run
+from benchmarks import lanes, report, run
 from benchmarks.meter import metered
 from benchmarks.method_names import described, method_of, names_of
 from benchmarks.methods import METHODS, Method, Paste
@@ -454,19 +453,22 @@ def test_several_processes_give_the_same_rows_and_pictures(miniature_folder: Pat
     assert kept[0] == kept[1] and len(kept[0][0]) == 4
 
 
-def test_a_process_that_dies_ends_the_run_with_a_word_on_how_to_go_on(
+def test_a_case_that_ends_its_process_is_a_failure_and_the_others_run(miniature_folder: Path, mine: Path) -> None:
+    rows = run.measure(settings_of(miniature_folder, mine / "out", "paste,my_methods:killed", count=3), processes=2)
+    died = [row for row in rows if row["method"] == "my_methods:killed"]
+    assert [row.get("error", "")[:12] for row in died] == ["", "", "ProcessDied:"]
+    whole, dead = died[1:]
+    assert set(dead) == set(whole) - {"networks", "prompt", "target_prompt"} | {"error", "traceback"}
+    assert set(dead["metrics"]) == set(whole["metrics"]) and set(dead["metrics"].values()) == {None}
+    assert not any("error" in row for row in rows if row["method"] == "paste")
+    assert report.main([str(mine / "out")]) == 0
+
+
+def test_a_process_that_cannot_begin_ends_the_run_with_a_word_on_how_to_go_on(
     everything: Path, miniature_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Dying(ThreadPoolExecutor):
-        def __init__(self, processes: int, *rest: object) -> None:
-            super().__init__(processes)
-
-        def submit(self, *task: object) -> Future:
-            done: Future = Future()
-            done.set_exception(BrokenProcessPool("killed"))
-            return done
-
-    monkeypatch.setattr(run, "ProcessPoolExecutor", Dying)
+    # Called with settings and a device it raises, as a model that is not there does.
+    monkeypatch.setattr(lanes, "begin", os.getpid)
     with pytest.raises(RunError, match="the same command goes on"):
         run.measure(settings_of(miniature_folder, everything, "ours", count=2), processes=2)
     assert ("ours", "swap-0001") not in {(row["method"], row["case"]) for row in read_rows(everything)}

@@ -1,0 +1,79 @@
+"""The processes of a run, one a lane: a case that ends its process fails, and its lane goes on with another process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from queue import SimpleQueue
+
+from benchmarks.run_folder import Row, RunError
+from benchmarks.worker import Settings, begin, row_of_death, work
+
+Task = tuple[str, str, str]
+"""Method, kind and id of a case."""
+
+
+class Lane:
+    """A process with the model on a device, begun when first used. Not for two threads at once."""
+
+    def __init__(self, settings: Settings, device: str, fingerprint: str) -> None:
+        self.settings, self.device, self.fingerprint = settings, device, fingerprint
+        self.pool: ProcessPoolExecutor | None = None
+
+    def row(self, task: Task) -> Row:
+        """The row of a case, in the process. Raises `RunError` where no process can be begun."""
+        if self.pool is None:
+            self.pool = self._begun()
+        try:
+            return self.pool.submit(work, *task).result()
+        except BrokenProcessPool:
+            # Of a pool of one process this case alone was being run.
+            self.close()
+            return row_of_death(self.settings, self.device, self.fingerprint, *task)
+
+    def close(self) -> None:
+        """End the process, after what it is doing."""
+        if self.pool is not None:
+            self.pool.shutdown()
+        self.pool = None
+
+    def _begun(self) -> ProcessPoolExecutor:
+        spawning = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(1, spawning, begin, (self.settings, self.device))
+        try:
+            pool.submit(os.getpid).result()
+        except BrokenProcessPool as error:
+            pool.shutdown()
+            raise RunError(
+                f"a process of the run on {self.device} died before its first case (out of memory? try fewer --processes); "
+                "what is done is kept, the same command goes on"
+            ) from error
+        return pool
+
+
+def in_lanes(
+    settings: Settings, tasks: Sequence[Task], devices: Sequence[str], processes: int, fingerprint: str
+) -> Iterator[Row]:
+    """Rows of the tasks as they are done, by `processes` processes on each device; `fingerprint` is the model's."""
+    lanes = [Lane(settings, device, fingerprint) for device in devices for _ in range(processes)]
+    idle: SimpleQueue[Lane] = SimpleQueue()
+    for lane in lanes:
+        idle.put(lane)
+
+    def row(task: Task) -> Row:
+        lane = idle.get()
+        try:
+            return lane.row(task)
+        finally:
+            idle.put(lane)
+
+    threads = ThreadPoolExecutor(len(lanes))
+    try:
+        yield from (done.result() for done in as_completed([threads.submit(row, task) for task in tasks]))
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+        for lane in lanes:
+            lane.close()
