@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from p2p_subject import Editor, Source, Subject
 
 # The tests' networks are tiny: threads would only wait for each other, for minutes where a core is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,3 +69,28 @@ def edges_folder(miniature_folder: Path) -> Path:
     unet = UNet2DConditionModel.from_pretrained(miniature_folder / "unet")
     controlnet(unet, halvings=2).half().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def editor(miniature_folder: Path) -> Editor:
+    """An editor of the model with random weights."""
+    from p2p_subject import Editor
+
+    return Editor.from_pretrained(miniature_folder)
+
+
+@pytest.fixture(scope="module")
+def source(editor: Editor) -> Source:
+    """A picture that the editor inverted, of "a cat on grass"."""
+    from tests.editing import STEPS, picture
+
+    return editor.invert(picture(), "a cat on grass", steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def dog() -> Subject:
+    """A subject to swap in."""
+    from p2p_subject import Subject
+    from tests.editing import picture
+
+    return Subject(picture(seed=1), "dog")

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from inversion import TrajectoryError
-from p2p_subject import Editor, EditSpec, EmbeddedSubject, MixedSubject, Source, Subject, refine, swap_subject
+from p2p_subject import EditSpec, EmbeddedSubject, MixedSubject, Subject, refine, swap_subject
 from p2p_subject.errors import ArgumentError, EditSpecError, PromptError, SubjectError
-
-STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def editor(miniature_folder) -> Editor:
-    return Editor.from_pretrained(miniature_folder)
-
-
-def picture(seed: int = 0) -> Image.Image:
-    """Smooth noise."""
-    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def source(editor) -> Source:
-    return editor.invert(picture(), "a cat on grass", steps=STEPS)
-
-
-@pytest.fixture(scope="module")
-def dog() -> Subject:
-    return Subject(picture(seed=1), "dog")
+from tests.editing import STEPS, picture
 
 
 def test_pictures_generated_together_are_those_generated_alone(editor, dog) -> None:
