@@ -139,7 +139,7 @@ class PublishedRun:
 
     def after(self, latents: Tensor, move: Move) -> Tensor:
         """The target's latents inside the mask, the source's outside."""
-        if self.spec.blend is None or move.index < int(self.spec.blend.start * self.steps + 1e-9):
+        if self.spec.blend is None or move.index in steps_of((0.0, self.spec.blend.start), self.steps):
             return latents
         source, target = latents
         return torch.stack([source, torch.where(self._mask(tuple(latents.shape[-2:])), target, source)])
@@ -159,10 +159,10 @@ def published_run(model: Model, prompt: str, spec: EditSpec, steps: int, size: t
     Raises `ValueError` for an edit that the published code does not have.
     """
     blend = spec.blend
-    if spec.subject is not None or spec.erase or spec.padding != "reference" or spec.cross_windows()[1]:
+    if spec.subject is not None or spec.erase or spec.room or spec.padding != "reference" or spec.cross_windows()[1]:
         raise ValueError(f"{spec}: expected a text edit with padding='reference' and one window for all words")
     if blend is not None and (
-        (blend.rule, blend.maps, blend.subtract, blend.grow, blend.mask) != ("peak", "running", (), 0, None)
+        (blend.rule, blend.maps, blend.subtract, spec.grow, blend.mask) != ("peak", "running", (), 0, None)
         or None in (blend.source_words, blend.target_words, blend.threshold)
     ):
         raise ValueError(f"{blend}: expected rule='peak', maps='running', words, a threshold, and nothing beyond")

@@ -136,8 +136,7 @@ def masks(bench: Bench, indices: Sequence[int], split: str, twin: bool = False) 
         columns = words.columns(spec.look.category)
         others, size = competitors(words, columns), scene.mask.shape
         scores = {name: region(attention, columns, others, rule, size) for name, rule in RULES.items()}
-        grow = round(Blend().grow * editor.model.scale_factor)
-        default = binary_mask([scores[Blend().rule]], RULES[Blend().rule].threshold, grow).numpy() > 0.5
+        default = binary_mask([scores[Blend().rule]], RULES[Blend().rule].threshold).numpy() > 0.5
         each = {name: {f"{t:g}": iou(score.numpy() > t, scene.mask) for t in THRESHOLDS} for name, score in scores.items()}
         panels = [(prompt, scene.picture), ("mask", Image.fromarray(default)), ("true mask", Image.fromarray(scene.mask))]
         rows.append({"iou": iou(default, scene.mask), **each, "panels": panels})

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.methods import METHODS, Generation, Method, MethodFunction, Paste
+from benchmarks.methods import METHODS, PIE_BENCH, Generation, Method, MethodFunction, Paste
 from benchmarks.suite import Case
 from p2p_subject import checks, inverting
 from p2p_subject.edits import Blend, EditSpec
 from p2p_subject.errors import ArgumentError, P2PSubjectError, did_you_mean
 
-FLAGS = ("paste", "published", "reconstructs", "subjects")
-"""Fields of `Method` that are true or false."""
-CASES_OWN = ("prompt", "swap", "subject")
+FLAGS = [f.name for f in fields(Method) if isinstance(f.default, bool)]
+CASES_OWN = {"prompt", "swap", "subject"}
 """Fields of `EditSpec` that a case fills."""
 
 
@@ -84,9 +83,6 @@ def _require_settings(method: Method | Generation, name: str) -> None:
             raise ArgumentError(f"method {name!r}: skip={method.skip!r}; expected a fraction from 0 to below 1")
         try:
             inverting.check(method.inversion, dict(method.options))
-            for edit in (method.edit, method.by_words, method.pie):
-                own = {key: value for key, value in edit.items() if key != "weight"}
-                EditSpec(prompt="a photo", swap="photo", blend=Blend(**(method.blend or {})), **own)
             _edits(method)
         except (P2PSubjectError, TypeError) as error:
             raise ArgumentError(f"method {name!r}: {error}") from error
@@ -115,20 +111,34 @@ def _json(text: str) -> Any:
         return text
 
 
-def _changed(method: MethodFunction, key: str, value: Any, name: str) -> MethodFunction:
-    own = {f.name for f in fields(method)} - {"edit", "by_words", "blend", "pie", "options", "paper", "mask_input"}
+def _changed(method: Method | Generation, key: str, value: Any, name: str) -> Method | Generation:
+    own, of_edit, of_blend = _settable(method)
+    if key not in own | of_edit | of_blend:
+        known = sorted(own | of_edit | of_blend)
+        expected = f"expected one of {', '.join(known)}"
+        raise ArgumentError(f"method {name!r}: no setting {key!r};{did_you_mean(key, known)} {expected}")
     if key == "guidance_scale":
         return guided(method, value)
     if key in own:
         return replace(method, **{key: value})
-    if isinstance(method, Method):
-        # What is erased follows from the case: a removal.
-        if key in {f.name for f in fields(EditSpec)} - {"prompt", "swap", "subject", "blend", "erase"}:
-            narrower = {name: {**own, key: value} for name in ("by_words", "pie") if (own := getattr(method, name))}
-            return replace(method, edit={**method.edit, key: value}, **narrower)
-        if key in {f.name for f in fields(Blend)} - {"mask"} and method.blend is not None:
-            return replace(method, blend={**method.blend, key: value})
-    raise ArgumentError(f"method {name!r} has no setting {key!r}; fields of Method, EditSpec and Blend can be set")
+    if key in of_blend:
+        return replace(method, blend={**method.blend, key: value})
+    narrower = {part: {**getattr(method, part), key: value} for part in ("by_words", "pie") if getattr(method, part)}
+    return replace(method, edit={**method.edit, key: value}, **narrower)
+
+
+def _settable(method: Method | Generation) -> tuple[set[str], set[str], set[str]]:
+    """Names of the settings of a method, of its edits, and of how they are blended, that brackets may change."""
+    own = {f.name for f in fields(method)} - {"edit", "by_words", "blend", "pie", "options", "paper", "mask_input"}
+    if isinstance(method, Generation):
+        return own, set(), set()
+    of_blend = {f.name for f in fields(Blend)} - {"mask"}
+    if method.mask_input:
+        # The rest says how words make a mask.
+        of_blend = {"start", "feather"}
+    # What is erased follows from the case: a removal.
+    of_edit = {f.name for f in fields(EditSpec)} - CASES_OWN - {"blend", "erase"}
+    return own, of_edit, of_blend if method.blend is not None else set()
 
 
 def _imported(name: str) -> MethodFunction:
@@ -174,13 +184,16 @@ def _edits(method: Method) -> dict[str, dict[str, Any]]:
     picture, mask = Image.new("RGB", (8, 8)), np.ones((8, 8), bool)
     words = {"source": picture, "source_words": ("cat",), "target_words": ("dog",), "mask": mask}
     case = Case("", "", "", 0, "a cat", "a dog", **words)
-    asked = {} if method.subjects else {"words": case, "removal": replace(case, kind="remove", target_words=())}
-    asked["subject"] = replace(case, references=(picture,), category="dog")
+    asked = {"subject": replace(case, references=(picture,), category="dog")}
+    if not method.subjects:
+        asked |= {"words": case, "removal": replace(case, removes=True, target_words=())}
+        asked |= {"pie": replace(case, suite=PIE_BENCH)} if method.pie else {}
     found = {}
     for kind, one in asked.items():
         spec = method.spec(one, takes_subjects=True)
         found[kind] = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name not in CASES_OWN}
         if spec.blend is not None:
-            found[kind]["blend"] = {f.name: getattr(spec.blend, f.name) for f in fields(spec.blend) if f.name != "mask"}
+            blend = {f.name: getattr(spec.blend, f.name) for f in fields(spec.blend) if f.name != "mask"}
+            found[kind]["blend"] = blend | {"grow": spec.grow}
         found[kind]["weights"] = sorted(spec.weights.items())
     return found

@@ -6,7 +6,8 @@ A method is called as `method(editor, case)` and returns `Edited`. A user's own 
     mine.mask_input = True        # only if it looks at case.mask, case.truth or the other masks of the answer
 
 The ancestors run with the settings that they were published with, over this library's attention control, which gives the
-same latents as the published loops in fewer U-Net rows: their rows and seconds are this library's. Guidance is the model's own
+same latents as the published loops: their rows and seconds are this library's, fewer than published but for DDIM's, which
+generates the source first (300 rows of 50 steps for 250) and LAVIS's (as many). Guidance is the model's own
 scale: 7.5 on public models, as published, and 3 on the miniature. No ancestor puts original pixels back.
 """
 
@@ -25,16 +26,15 @@ from benchmarks.suite import Case, Edited
 from inversion import Trajectory, reconstruct
 from inversion.trajectory import TENSORS
 from p2p_subject.editor import Editor
-from p2p_subject.edits import REMOVAL_MARGIN, Blend, EditSpec, Subject, remove, swap_subject
+from p2p_subject.edits import Blend, EditSpec, Subject, remove, swap_subject
 from p2p_subject.images import fit
+from p2p_subject.outputs import restore
 from p2p_subject.preparing import context_of
-from p2p_subject.results import EditResult
+from p2p_subject.results import EditResult, rim
 from p2p_subject.source import Source
 
 MethodFunction = Callable[[Editor, Case], Edited]
 PIE_BENCH = "pie"
-REMOVALS = ("remove", "delete-object")
-"""Kinds of the world and of PIE-Bench that take an object out."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,13 @@ class Method:
 
     `inversion` with its `options`, `steps`, `guidance_scale` (None: the model's own), `skip` and `paste` are those of
     `Editor.invert` and `Editor.edit`. `edit` are fields of `EditSpec`, `blend` fields of `Blend` (None: all of the picture may
-    change), whose words are the case's. `by_words` are further fields of edits by words that put something in; `pie` are fields
-    of the edit that the published code uses on PIE-Bench instead, with `weight` for the target's word. `published` aligns
-    prompts as the published controllers do: "replace" for prompts of as many words, "refine" for others, for subjects, and
-    where `pie` holds; what it does not set is as in `EditSpec`, not as in `swap_subject`. `reconstructs` follows the source's
-    generation from its noise without guidance, instead of the inverted latents. `subjects`: for swaps alone. `mask_input`:
-    given the true mask.
+    change), whose words are the case's. `by_words` are further fields of edits by words that put something in, `pie` of those
+    on PIE-Bench; `weight` among these is that of the target's words. `self_share` is the largest side of self-attention that
+    follows the source, as a share of the latent's (None: as in `edit`); published sides are of latents of 64. `published`
+    aligns prompts as the published controllers do: "replace" for prompts of as many words, "refine" for others and for
+    subjects, unless the fields say; what it does not set is as in `EditSpec`, not as in `swap_subject`. `reconstructs` follows
+    the source's generation from its noise without guidance, instead of the inverted latents. `subjects`: for swaps alone.
+    `mask_input`: given the true mask.
     """
 
     paper: str
@@ -62,6 +63,7 @@ class Method:
     blend: Mapping[str, Any] | None = field(default_factory=dict)
     by_words: Mapping[str, Any] = field(default_factory=dict)
     pie: Mapping[str, Any] = field(default_factory=dict)
+    self_share: float | None = None
     published: bool = False
     reconstructs: bool = False
     subjects: bool = False
@@ -75,43 +77,38 @@ class Method:
 
     def spec(self, case: Case, takes_subjects: bool) -> EditSpec:
         """The edit of a case; a model that takes no subjects gets a swap as the word alone."""
-        given = dict(self.edit) | (dict(self.pie) if case.suite == PIE_BENCH else {})
+        with_subject = takes_subjects and bool(case.references)
+        given = dict(self.edit) if with_subject else dict(self.edit) | dict(self.by_words)
+        if case.suite == PIE_BENCH:
+            given |= self.pie
         weight = given.pop("weight", None)
         if weight is not None and case.target_words:
             given["weights"] = dict.fromkeys(case.target_words, weight)
-        with_subject = takes_subjects and bool(case.references)
-        if not with_subject:
-            # Room is for what is swapped for a word.
-            given = {name: value for name, value in (given | dict(self.by_words)).items() if name != "room"}
-        if self.published:
-            as_many_words = len(case.prompt.split()) == len(case.target_prompt.split())
-            refines = with_subject or not as_many_words or (case.suite == PIE_BENCH and bool(self.pie))
-            given |= {"alignment": "refine" if refines else "replace", "padding": "reference"}
         given["blend"] = self._blend(case, with_subject)
+        if self.published:
+            refines = with_subject or len(case.prompt.split()) != len(case.target_prompt.split())
+            given = {"alignment": "refine" if refines else "replace", "padding": "reference"} | given
         if with_subject:
             subject = Subject(list(case.references), case.category)
             if self.published:
                 return EditSpec(swap=case.source_words[0], subject=subject, **given)
             return swap_subject(case.source_words[0], subject, **given)
-        if self._removes(case):
-            # Its windows are its own, unless they are set; without one, weights could not act.
+        # Room is for what is swapped for a word.
+        given.pop("room", None)
+        if case.removes and given["blend"] is not None and not self.published:
+            # Its windows are its own, unless they are set for all edits; without one, weights could not act.
             asked = {name: value for name, value in self.edit.items() if name not in ("room", "weights")}
             return remove(list(case.source_words), case.target_prompt, **asked, blend=given["blend"])
         return EditSpec(prompt=case.target_prompt, **given)
 
-    def _removes(self, case: Case) -> bool:
-        """Whether the source's words are to be taken out, by a method that has more for it than the prompt."""
-        return not self.published and case.kind in REMOVALS and bool(case.source_words) and not case.target_words
-
     def _blend(self, case: Case, with_subject: bool) -> Blend | None:
         if self.mask_input:
-            return Blend(mask=case.mask)
+            return Blend(mask=case.mask, **dict(self.blend or {}))
         if self.blend is None:
             return None
         # With a subject, the target's words are its category and its own columns, which the editor knows.
         words = {"source_words": case.source_words, "target_words": None if with_subject else case.target_words}
-        margin = {"grow": REMOVAL_MARGIN} if self._removes(case) else {}
-        blend = Blend(**words | margin | dict(self.blend))
+        blend = Blend(**words | dict(self.blend))
         return blend if blend.source_words or blend.target_words or with_subject else None
 
     def __call__(self, editor: Editor, case: Case) -> Edited:
@@ -123,6 +120,9 @@ class Method:
         if self.reconstructs:
             source = reconstructed(editor, source)
         spec = self.spec(case, editor.model.queries > 0)
+        if self.self_share is not None:
+            side = max(source.trajectory.latents.shape[-2:])
+            spec = replace(spec, self_resolution=max(1, round(self.self_share * side)))
         result = editor.edit(source, spec, guidance_scale=self.guidance_scale, skip=self.skip, paste=self.paste)
         return Edited(
             result.image,
@@ -135,15 +135,12 @@ class Method:
 
 def reach(editor: Editor, source: Source, spec: EditSpec) -> float:
     """Pixels beyond the mask that a pasted edit may change: its feather."""
-    if spec.blend is None or spec.blend.feather is not None:
-        return 0.0 if spec.blend is None else spec.blend.feather
-    cell = editor.model.scale_factor * max(source.image.size) / max(source.frame.model_size)
-    return round(cell / 2) + cell / 2
+    return 0.0 if spec.blend is None else sum(rim(spec.blend, source.frame, editor.model.scale_factor))
 
 
 def unpasted(editor: Editor, source: Source, result: EditResult) -> Image.Image:
     """The edited picture as it was decoded, at the source's size."""
-    return editor.model.decode(result.latents)[0].resize(source.image.size, Image.Resampling.LANCZOS)
+    return restore(editor.model.decode(result.latents)[0], source.frame)
 
 
 @torch.no_grad()
@@ -225,18 +222,16 @@ OURS = "this library"
 PUBLISHED_BLEND = {"rule": "peak", "threshold": 0.3, "maps": "running"}
 
 
+JU = {"cross_replace": 0.4, "self_replace": 0.6}
+JU_BY_WORDS = {**JU, "weight": 2.0, "alignment": "refine"}
+"""How Ju et al. 2024 edit, and ran the other inversions on PIE-Bench."""
+
+
 def prompt_to_prompt(paper: str, inversion: str, **changes: Any) -> Method:
-    """Prompt-to-Prompt on a real picture: the windows of Hertz et al. 2022, and Mokady et al. 2023's blend after 20 % of the
-    steps; on PIE-Bench the windows, and the weight of 2, of Ju et al. 2024."""
-    return Method(
-        f"{paper}; Hertz et al. 2022",
-        inversion,
-        published=True,
-        edit={"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 32},
-        blend={**PUBLISHED_BLEND, "start": 0.2},
-        pie={"cross_replace": 0.4, "self_replace": 0.6, "weight": 2.0},
-        **changes,
-    )
+    """Prompt-to-Prompt on a real picture: the windows of Hertz et al. 2022, self-attention up to 32 of 64, and Mokady et al.
+    2023's blend after 20 % of the steps; on PIE-Bench as Ju et al. 2024 ran it."""
+    own = {"edit": {"cross_replace": 0.8, "self_replace": 0.4}, "blend": {**PUBLISHED_BLEND, "start": 0.2}, "pie": JU_BY_WORDS}
+    return Method(f"{paper}; Hertz et al. 2022", inversion, published=True, self_share=0.5, **own | changes)
 
 
 METHODS: dict[str, MethodFunction] = {
@@ -250,7 +245,9 @@ METHODS: dict[str, MethodFunction] = {
     "ddim+p2p": prompt_to_prompt("Song et al. 2021", "ddim"),
     "null-text+p2p": prompt_to_prompt("Mokady et al. 2023", "null_text", options={"optimiser": "adam", "inner_steps": 10}),
     "negative-prompt+p2p": prompt_to_prompt("Miyake et al. 2023", "negative_prompt"),
-    "direct+p2p": prompt_to_prompt("Ju et al. 2024", "direct"),
+    "direct+p2p": prompt_to_prompt("Ju et al. 2024", "direct", edit=JU, by_words=JU_BY_WORDS),
+    # The same inversion with the windows of the other ancestors, which keep more of the source.
+    "direct+p2p-2022": prompt_to_prompt("Ju et al. 2024, inversion alone", "direct"),
     # As Ju et al. ran it for their comparison: 12 of 50 steps left out, the source without guidance, no blend. Their windows of
     # .4 and .6 of 50 steps are counted from the first step that is run.
     "edit-friendly+p2p": Method(
@@ -259,7 +256,8 @@ METHODS: dict[str, MethodFunction] = {
         options={"guidance_scale": 1.0},
         skip=0.24,
         published=True,
-        edit={"cross_replace": 0.64, "self_replace": 0.84, "self_resolution": 16},
+        edit={"cross_replace": 0.64, "self_replace": 0.84},
+        self_share=0.25,
         blend=None,
     ),
     # BLIP-Diffusion's editing: the mask is read from the source's word alone, from the first step on.
@@ -268,7 +266,8 @@ METHODS: dict[str, MethodFunction] = {
         published=True,
         reconstructs=True,
         subjects=True,
-        edit={"cross_replace": 0.8, "self_replace": 0.4, "self_resolution": 16},
+        edit={"cross_replace": 0.8, "self_replace": 0.4},
+        self_share=0.25,
         blend={**PUBLISHED_BLEND, "start": 0.0, "target_words": ()},
     ),
     "generate-only": Generation(),

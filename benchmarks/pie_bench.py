@@ -39,6 +39,7 @@ KINDS = {
     "9": "change-style",
 }
 """Editing types by `editing_type_id`."""
+REMOVAL = "delete-object"
 ENTRIES, SIDE = 700, 512
 """Pictures of the whole data set, and pixels a side of each."""
 FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_type_id", "blended_word", "mask")
@@ -177,6 +178,8 @@ class PieBench(Suite):
             source_words=words[0],
             target_words=words[1],
             mask=decoded(entry["mask"], (SIDE, SIDE)),
+            # The entries of this type name what goes; one that names a word of the target as well puts something there.
+            removes=KINDS[entry["editing_type_id"]] == REMOVAL and bool(words[0]) and not words[1],
         )
 
     def prepare(self) -> None:

@@ -70,8 +70,8 @@ def text(suite: type[Suite], facts: Sequence[str], found: Sequence[Section], bri
     parts = [f"# Suite {suite.name}", "\n".join(f"- {line}" for line in facts), STAR.replace("*", "\\*"), about]
     for section in found:
         parts.append(f"## {section.kind} ({section.cases} cases)")
-        tables = section.tables[:-1] if brief else section.tables
-        parts += [part for table in tables for part in (f"{table.title[0].upper()}{table.title[1:]}:", markdown(table))]
+        tables = section.tables if brief else (*section.tables, section.rest)
+        parts += [part for table in tables for part in (f"### {table.title}", markdown(table))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -56,14 +56,15 @@ def page(
         {
             "kind": section.kind,
             "count": section.cases,
-            "tables": section.tables,
+            "tables": (*section.tables, section.rest),
+            "leading": section.leading(against),
             "plot": None if plots[section.kind] is None else base64.b64encode(plots[section.kind]).decode(),
             "cases": [case_view(folder, suite, section, case) for case in worst_first(section, suite, against)[:shown]],
         }
         for section in sections
     ]
     about = [(measure.title, measure.about) for measure in suite.measures if measure.about]
-    return template.render(suite=suite.name, facts=facts, sections=shown_sections, against=against, about=about, star=star)
+    return template.render(suite=suite.name, facts=facts, sections=shown_sections, about=about, star=star)
 
 
 def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> dict[str, Any]:
@@ -99,23 +100,23 @@ def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows
         for name, row in own.items():
             values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
             if "edited" in row["pictures"]:
-                made.append((f"{label(name, {'': row})}: {', '.join(filter(None, values))}", row["pictures"]["edited"]))
+                made.append((f"{label(name, row)}: {', '.join(filter(None, values))}", row["pictures"]["edited"]))
         panels.append([(text, Image.open(folder / path)) for text, path in [*asked, *made]])
-    title = f"{section.kind}: from the worst of {against} to its best; {', '.join(measure.title for measure in axes)}"
+    shown = ", ".join(measure.title for measure in axes)
+    title = f"{section.kind}: from the worst of {section.leading(against)} to its best; {shown}"
     return contact_sheet(panels, panel=112, title=title) if any(panels) else None
 
 
 def axes_of(suite: type[Suite]) -> list[Measure]:
     """The measures of fidelity and of preservation."""
-    known = {measure.name: measure for measure in suite.measures}
-    return [known[suite.axes.fidelity], known[suite.axes.preservation]]
+    return suite.named(suite.axes.fidelity, suite.axes.preservation)
 
 
 def edit_view(folder: Path, suite: type[Suite], name: str, row: Row) -> dict[str, Any]:
     """What one method returned for a case: its pictures, its two headline values, or its error."""
     pictures = row.get("pictures", {})
     return {
-        "caption": label(name, {"": row}),
+        "caption": label(name, row),
         "edited": inlined(folder / pictures["edited"]) if "edited" in pictures else None,
         "mask": inlined(folder / pictures["mask"]) if "mask" in pictures else None,
         "values": [text for measure in axes_of(suite) if (text := short(measure, row["metrics"].get(measure.name)))],
@@ -136,7 +137,7 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
     except ImportError as error:
         raise ArgumentError("plots need matplotlib; install the extra p2p_subject[benchmarks]") from error
     fidelity, preservation = axes_of(suite)
-    (cost,) = [measure for measure in suite.measures if measure.name == suite.axes.cost]
+    (cost,) = suite.named(suite.axes.cost)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     drawn = 0
@@ -159,7 +160,7 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
                 markersize=8,
                 elinewidth=0.8,
                 linestyle="",
-                label=label(name, own),
+                label=label(name, *own.values()),
             )
         axes.set_xlabel(f"{across.title}{f', {across.unit}' if across.unit else ''}", fontsize=9)
         axes.set_ylabel(fidelity.title, fontsize=9)

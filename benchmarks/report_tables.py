@@ -25,16 +25,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """What a report says of one kind of edit: its rows by method and case, and its tables."""
+    """What a report says of one kind of edit: its rows by method and case, its tables, and that of the measures not in them."""
 
     kind: str
     rows: Mapping[str, Mapping[str, Row]]
     tables: tuple[Table, ...]
+    rest: Table
 
     @property
     def cases(self) -> int:
         """Number of cases that any method ran."""
         return len({case for own in self.rows.values() for case in own})
+
+    def leading(self, wanted: str) -> str:
+        """The method whose worst cases come first: the one that is wanted, or the first, where it ran none of these cases."""
+        return wanted if wanted in self.rows else next(iter(self.rows))
 
     def of_case(self, case: str) -> dict[str, Row]:
         """The rows of one case by method, those that there are."""
@@ -82,16 +87,16 @@ def sections(rows: Sequence[Row], suite: type[Suite], methods: Sequence[str], ag
         by_method = {name: {row["case"]: row for row in own if row["method"] == name} for name in methods}
         by_method = {name: cases for name, cases in by_method.items() if cases}
         if by_method:
-            found.append(Section(kind, by_method, tuple(tables(by_method, suite, against))))
+            shown = [measure for measure in suite.measures if measure.name not in suite.headline]
+            rest = _means("the other measures", by_method, shown, suite)
+            found.append(Section(kind, by_method, tuple(tables(by_method, suite, against)), rest))
     return found
 
 
 def tables(rows: Mapping[str, Mapping[str, Row]], suite: type[Suite], against: str) -> list[Table]:
-    """The headline measures, the same over the cases of all methods where they have run different ones, the paired differences
-    of one method to every other in them, and all other measures."""
-    known = {measure.name: measure for measure in suite.measures}
-    first = [known[name] for name in suite.headline]
-    rest = [measure for measure in suite.measures if measure not in first]
+    """The headline measures, the same over the cases of all methods where they have run different ones, and the paired
+    differences of one method to every other in them."""
+    first = suite.named(*suite.headline)
     made = [_means("mean (95 % interval; n)", rows, first, suite)]
     common = set.intersection(*(set(own) for own in rows.values()))
     if common and any(len(own) > len(common) for own in rows.values()):
@@ -99,15 +104,16 @@ def tables(rows: Mapping[str, Mapping[str, Row]], suite: type[Suite], against: s
         made.append(_means(f"the same over the {len(common)} cases that every method has", alike, first, suite))
     if against in rows and len(rows) > 1:
         made.append(_differences(rows, first, against, suite))
-    return [*made, _means("the other measures", rows, rest, suite)]
+    return made
 
 
 def _means(title: str, rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure], suite: type[Suite]) -> Table:
     lines = []
     for name, own in rows.items():
         failed = sum("error" in row for row in own.values())
-        cells = [cell(mean(list(grouped(values_of(own, m), suite).values())), m, len(own)) for m in measures]
-        lines.append((label(name, own), *cells, str(failed)))
+        found = [(list(grouped(values_of(own, measure), suite).values()), measure) for measure in measures]
+        cells = [cell(mean(values), measure, len(values)) for values, measure in found]
+        lines.append((label(name, *own.values()), *cells, str(failed)))
     return Table(title, ("method", *map(heading, measures), "failed"), tuple(lines))
 
 
@@ -120,17 +126,18 @@ def _differences(
             continue
         cells = []
         for measure in measures:
-            difference = paired(*shared(values_of(rows[against], measure), values_of(own, measure), suite))
-            text = cell(difference, measure, len(own), signed=True)
+            both = shared(values_of(rows[against], measure), values_of(own, measure), suite)
+            difference = paired(*both)
+            text = cell(difference, measure, len(both[0]), signed=True)
             cells.append(f"{text} {standing(difference, measure)}".strip())
-        lines.append((label(name, own), *cells))
+        lines.append((label(name, *own.values()), *cells))
     title = f"{against} less the method in this line, over the cases that both have: + ahead, - behind, = neither shown"
     return Table(title, ("method", *map(heading, measures)), tuple(lines))
 
 
-def label(name: str, rows: Mapping[str, Row]) -> str:
-    """A method's name, with a star where it was given the true mask."""
-    return f"{name} *" if any(row["mask_input"] for row in rows.values()) else name
+def label(name: str, *rows: Row) -> str:
+    """A method's name, with a star where it was given the true mask in rows of its."""
+    return f"{name} *" if any(row["mask_input"] for row in rows) else name
 
 
 def heading(measure: Measure) -> str:
@@ -166,9 +173,7 @@ def standing(difference: Mean | None, measure: Measure) -> str:
 
 def worst_first(section: Section, suite: type[Suite], of: str) -> list[str]:
     """Ids of the cases, those that `of` did worst on first: failed, then by fidelity, then by preservation, then by id."""
-    known = {measure.name: measure for measure in suite.measures}
-    wanted = [known[name] for name in (suite.axes.fidelity, suite.axes.preservation)]
-    rows = section.rows.get(of) or next(iter(section.rows.values()))
+    wanted, rows = suite.named(suite.axes.fidelity, suite.axes.preservation), section.rows[section.leading(of)]
 
     def key(case: str) -> tuple:
         row = rows[case]

@@ -33,8 +33,9 @@ class Case:
     Of the answer, which methods see only if they say that they do (`mask_input`): `mask` (H, W) bool, where the edit belongs,
     and `truth`, the edited picture itself. `placed` says whether these are the only right place; where not (an object is
     added, no one said where), only a method that was given the mask is measured against them. `source_mask` and
-    `reference_mask` (H, W) bool are the object in the source and the subject in the first reference. `facts` is what the suite
-    itself needs to measure. A case without a source is one of generation.
+    `reference_mask` (H, W) bool are the object in the source and the subject in the first reference. `removes`: what the
+    source's words show is to go, with nothing in its place. `facts` is what the suite itself needs to measure. A case without a
+    source is one of generation.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Case:
     mask: np.ndarray | None = None
     truth: Image.Image | None = None
     placed: bool = True
+    removes: bool = False
     source_mask: np.ndarray | None = None
     reference_mask: np.ndarray | None = None
     facts: Any = None
@@ -174,6 +176,12 @@ class Suite(ABC):
         if options.count is not None and options.count < 1:
             raise SuiteError(f"count={options.count}; expected 1 or more cases a kind")
         self.options = options
+
+    @classmethod
+    def named(cls, *names: str) -> list[Measure]:
+        """The measures of these names, in their order."""
+        known = {measure.name: measure for measure in cls.measures}
+        return [known[name] for name in names]
 
     @abstractmethod
     def all_ids(self) -> Mapping[str, Sequence[str]]:

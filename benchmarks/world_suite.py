@@ -182,7 +182,7 @@ def _background(spec: world.SceneSpec, rng: np.random.Generator, index: int, spl
 def _remove(spec: world.SceneSpec, rng: np.random.Generator, index: int, split: str) -> Case:
     before = world.draw(spec)
     caption, truth = world.empty_caption(spec.background), Image.fromarray(world.draw_empty(spec))
-    return _scene_case("remove", before, before, before.mask, target_prompt=caption, target_words=(), truth=truth)
+    return _scene_case("remove", before, before, before.mask, target_prompt=caption, target_words=(), removes=True, truth=truth)
 
 
 def _add(spec: world.SceneSpec, rng: np.random.Generator, index: int, split: str) -> Case:

@@ -88,8 +88,8 @@ def _own(
     # Row by row: an index that is a list would be copied to the GPU, and waited for, in every layer.
     for row in follow:
         query[row], key[row] = source_query[0], source_key[0]
-    visible = None if control.visible is None else control.visible[query.shape[2]]
-    return F.scaled_dot_product_attention(query, key, value, visible, scale=scale)
+    attended = None if control.attended is None else control.attended[query.shape[2]]
+    return F.scaled_dot_product_attention(query, key, value, attended, scale=scale)
 
 
 def _cross(

@@ -148,7 +148,7 @@ def squares_around(mask: Tensor) -> Tensor:
     return found
 
 
-def visible_pixels(mask: Tensor) -> dict[int, Tensor]:
+def attended_pixels(mask: Tensor) -> dict[int, Tensor]:
     """Which pixels lie outside a mask (h, w) at every resolution of a U-Net, by their number Q: (Q,) bool.
 
     Sides are halved, rounded up. A pixel is hidden if any of what it covers is in the mask; where nothing would be left of a

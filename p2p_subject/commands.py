@@ -18,7 +18,7 @@ from PIL import Image
 
 from p2p_subject import __version__
 from p2p_subject.control_images import KINDS
-from p2p_subject.edits import REMOVAL_MARGIN, Blend, EditSpec, Subject, Word, remove, swap_subject
+from p2p_subject.edits import Blend, EditSpec, Subject, Word, remove, swap_subject
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
@@ -287,7 +287,7 @@ def _blend(arguments: Namespace) -> Blend | None:
         raise EditSpecError(f"{names} shape the mask that --swap or --remove makes; give one and no --mask, or leave them out")
     if unnamed:
         return None
-    return Blend(**options) if arguments.remove is None else Blend(grow=REMOVAL_MARGIN, **options)
+    return Blend(**options)
 
 
 def _open(arguments: Namespace) -> tuple[Image.Image | Source, str]:

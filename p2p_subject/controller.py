@@ -59,7 +59,7 @@ class StepControl:
     The last K rows are the conditional targets, K the length of `self_pixels`. They follow the source: row 0, or, where
     `recorded` is given, the queries and keys (1, H, Q, d) that it holds by layer. `from_source` (K, S, T) and `from_target`
     (K, T) change cross-attention's values (None: no cross-attention is changed). Self-attention of target k over at most
-    `self_pixels[k]` pixels takes queries and keys of the source (0: none does). `visible` says, by the number Q of a layer's
+    `self_pixels[k]` pixels takes queries and keys of the source (0: none does). `attended` says, by the number Q of a layer's
     pixels, which of them a row's self-attention may look at, (R, 1, 1, Q) bool (None: all). `sink` receives maps, after the
     edit; `tap` queries and keys, before it.
     """
@@ -68,7 +68,7 @@ class StepControl:
     from_source: Tensor | None = None
     from_target: Tensor | None = None
     self_pixels: tuple[int, ...] = ()
-    visible: Mapping[int, Tensor] | None = None
+    attended: Mapping[int, Tensor] | None = None
     recorded: Mapping[str, tuple[Tensor, Tensor]] | None = None
     sink: MapSink | None = None
     tap: Tap | None = None
@@ -130,7 +130,7 @@ class Controller:
         rows: int,
         sink: MapSink | None = None,
         recorded: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-        visible: Mapping[int, Tensor] | None = None,
+        attended: Mapping[int, Tensor] | None = None,
     ) -> StepControl:
         """Control of sampling step `index`; an edit that is outside its windows keeps its own attention."""
         gate, crosses = self.open[:, index], self.crosses(index)
@@ -139,7 +139,7 @@ class Controller:
             from_source=self.matrices * gate[:, None] if crosses else None,
             from_target=self.own * gate + (1 - gate) if crosses else None,
             self_pixels=tuple(p * int(own) for p, own in zip(self.self_pixels, self.self_gates[:, index])),
-            visible=visible,
+            attended=attended,
             recorded=recorded,
             sink=sink,
         )

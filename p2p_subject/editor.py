@@ -17,6 +17,7 @@ from inversion import walk
 from p2p_subject import checks, inverting
 from p2p_subject.attention import map_size
 from p2p_subject.blend import competitors, region, rule_of
+from p2p_subject.controller import steps_of
 from p2p_subject.edits import Blend, EditSpec, Word
 from p2p_subject.errors import ArgumentError, EditSpecError, SubjectError
 from p2p_subject.gathering import gather
@@ -287,8 +288,8 @@ class Editor:
         if output_type not in ("pil", "latent"):
             raise ArgumentError(f"output_type={output_type!r}; expected 'pil' or 'latent'")
         model, schedule = self.model, source.trajectory.schedule
-        first = int(skip * schedule.steps + 1e-9) if checks.is_number(skip, 0, 1) else schedule.steps
-        if first == schedule.steps:
+        first = len(steps_of((0.0, skip), schedule.steps)) if checks.is_number(skip, 0, 1) else None
+        if first in (None, schedule.steps):
             raise ArgumentError(f"skip={skip!r}; expected the fraction of steps to leave out, from 0 to below 1")
         if mask is not None:
             specs = [dataclasses.replace(s, blend=dataclasses.replace(s.blend or Blend(), mask=mask)) for s in specs]

@@ -46,9 +46,10 @@ class Blend:
     reads the source's region from the maps of its whole generation and the target's from the less noisy half of the steps;
     "running" sums the maps of all steps so far, as published.
 
-    `mask`, anything `load_mask` takes, stands in place of the words' attention. `grow` dilates the mask by so many latent
-    pixels. The edit fades into the original over `feather` pixels of the picture from its edge on; None: over half a latent
-    pixel's, from as far beyond the edge on.
+    `grow` dilates the words' mask by so many latent pixels; None: by one where the edit erases, so that no rim of what is
+    taken out stays, else by none. `mask`, anything `load_mask` takes, stands in place of the words' attention, as it is. The
+    edit fades into the original over `feather` pixels of the picture from its edge on; None: over half a latent pixel's, from
+    as far beyond the edge on.
     """
 
     source_words: tuple[Word, ...] | None = None
@@ -57,7 +58,7 @@ class Blend:
     rule: str = "share"
     threshold: float | None = None
     start: float = 0.0
-    grow: int = 0
+    grow: int | None = None
     feather: float | None = None
     maps: str = "recorded"
     mask: Any = field(default=None, hash=False)
@@ -73,7 +74,7 @@ class Blend:
             "subtract": checks.words(self.subtract, "subtract"),
             "threshold": None if self.threshold is None else checks.fraction(self.threshold, "threshold"),
             "start": checks.fraction(self.start, "start"),
-            "grow": checks.whole(self.grow, "grow", 0, "a whole number of latent pixels, 0 or more"),
+            "grow": None if self.grow is None else checks.whole(self.grow, "grow", 0, "0 or more latent pixels, or None"),
             "maps": checks.choice(self.maps, "maps", MAPS),
             "mask": None if self.mask is None else _gray(self.mask),
             "feather": None if self.feather is None else float(self.feather),
@@ -123,15 +124,17 @@ class EditSpec:
     their window; negative ones push away from the word. `blend` says where the picture may change; None lets all of it change.
 
     `room` is the fraction of the steps, from the noise, in which all of the square around what `swap` names may change, before
-    the mask alone may; to the end, what comes in its place widens the mask within the square alone, unless the blend names its
-    words. So it is not held to the old outline, nor outgrows the place. 0 is as published: no square. A mask of yours, and an
-    edit of all of the picture, take no room; steps that `Blend.start` or `skip` leave out count.
+    the mask alone may. After that, what comes in its place can widen the mask only within the square, unless the blend names
+    its words. So it is not held to the old outline, nor outgrows the place. 0 is as published: no square. The fraction is of
+    all steps, those that `skip` or `Blend.start` leave out included. A mask of yours, and an edit of all of the picture, take
+    no room.
 
     `erase` hides what the source's words of the mask (or a mask of yours) cover from the target's self-attention in the U-Net,
     in every step and layer: the region is continued from what is around it, where a model would else complete the object that
     it sees there (the attention of Attentive Eraser, Sun et al. 2025, without its guidance). The source's recorded maps say
-    where it is, whatever `Blend.maps`; of layers so coarse that it touches every pixel, those that it fills are hidden. A
-    subject that the source was generated with goes with its word; a control picture that shows the object still asks for it.
+    where it is, whatever `Blend.maps`. In a layer so coarse that the region touches every pixel, only pixels wholly inside it
+    are hidden. A subject that the source was generated with goes with its word; a control picture that shows the object still
+    asks for it.
 
     Raises `EditSpecError` and `SubjectError` for anything that is not an edit.
     """
@@ -186,6 +189,12 @@ class EditSpec:
                 f"weights={dict(self.weights)} can have no effect: they act in the steps of cross_replace, and "
                 f"cross_replace={self.cross_replace} holds none; widen it, such as to 0.8, or leave the weights out"
             )
+
+    @property
+    def grow(self) -> int:
+        """Latent pixels by which the words' mask is dilated."""
+        asked = None if self.blend is None else self.blend.grow
+        return (REMOVAL_MARGIN if self.erase else 0) if asked is None else asked
 
     def cross_windows(self) -> tuple[Window, Mapping[Word, Window]]:
         """The window of cross-attention that holds for all words, and the words that have their own."""
@@ -280,21 +289,20 @@ def reweight(weights: Mapping[Word, float], **changes: Any) -> EditSpec:
     return EditSpec(**{"weights": weights, **changes})
 
 
-def remove(word: Word | list[Word], prompt: str, **changes: Any) -> EditSpec:
+def remove(word: Word | list[Word], prompt: str, *, blend: Blend = Blend(), **changes: Any) -> EditSpec:
     """The edit that takes what `word` of the source prompt shows out of the picture; `changes` are other fields of `EditSpec`.
 
-    `prompt` describes what is left. A list takes several out. Attention does not follow the source, which has the object, and
-    the mask is a latent pixel wider than the words' region, so that no rim of it stays: `Blend(grow=1)`. A blend of yours is
-    taken as it is, with these words if it names none; a larger `grow` or a lower threshold takes a shadow along, and a mask of
-    yours gets no margin. Combined with weights, it needs a window for them to act in, such as `cross_replace=0.4`. Of 48
-    removals on the miniature world's validation split (20 steps), 45 succeed so, 43 without the wider mask, 3 by the prompt
-    alone. Raises `EditSpecError`.
+    `prompt` describes what is left. A list takes several out. Attention does not follow the source, which has the object. A
+    `blend` with a larger `grow` or a lower threshold takes a shadow along; its words are those taken out, and a mask of yours
+    gets no margin. Combined with weights, the edit needs a window for them to act in, such as `cross_replace=0.4`. How often
+    it succeeds: benchmarks/RESULTS.md. Raises `EditSpecError`.
     """
-    words = list(word) if isinstance(word, list) else [word]
+    words = checks.words(word if isinstance(word, list) else [word], "word")
     if not words:
         raise EditSpecError("remove([], ...): nothing to take out; name a word of the source prompt")
-    blend = changes.pop("blend", Blend(grow=REMOVAL_MARGIN))
-    if isinstance(blend, Blend) and blend.source_words is None:
+    if isinstance(blend, Blend):
+        if blend.source_words not in (None, words):
+            raise EditSpecError(f"remove({word!r}, ...) with source_words={blend.source_words} in the blend; leave these out")
         target_words = () if blend.target_words is None else blend.target_words
         blend = dataclasses.replace(blend, source_words=words, target_words=target_words)
     own = {"cross_replace": 0.0, "self_replace": 0.0, "erase": True}
@@ -305,8 +313,7 @@ def swap_subject(word: Word, subject: AnySubject, **changes: Any) -> EditSpec:
     """The edit that puts `subject` where `word` of the source prompt is; `changes` are other fields of `EditSpec`.
 
     The subject takes a form of its own: attention follows the source for 0.2 of the steps (`cross_replace`, `self_replace`),
-    where the published subject swap follows it for 0.8 and 0.4, and `room` is 0.5. On the miniature world's validation split,
-    93 of 101 swaps show the right subject so, 83 without room and at 0.4; mask IoU .82 and .81 (benchmarks/RESULTS.md). With
+    where the published subject swap follows it for 0.8 and 0.4, and `room` is 0.5 (chosen in benchmarks/RESULTS.md). With
     fewer than 5 steps, or `skip` of 0.2 or more, the windows hold none; weights, which act within, need a wider one.
     """
     if not isinstance(subject, AnySubject):

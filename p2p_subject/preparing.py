@@ -10,7 +10,7 @@ from torch import Tensor
 
 from inversion import Move, Trajectory, TrajectoryError, reconstruct
 from p2p_subject.attention import map_size
-from p2p_subject.blend import binary_mask, region, rule_and_threshold, squares_around, visible_pixels
+from p2p_subject.blend import attended_pixels, binary_mask, region, rule_and_threshold, squares_around
 from p2p_subject.context import Context
 from p2p_subject.controller import StepControl, compile_edits
 from p2p_subject.edits import EditSpec
@@ -138,24 +138,25 @@ def prepare(
 
 def _target(model: Model, source: Source, spec: EditSpec, made: Plan, size: tuple[int, int]) -> Target:
     # The source's own stays, unless it is taken out: then the target's layout has no place for it.
-    subject = (source.subject if made.layout.subject else None) if spec.subject is None else model.embed(spec.subject)
+    kept = source.subject if made.layout.subject else None
+    subject = kept if spec.subject is None else model.embed(spec.subject)
     fixed = None
     if spec.blend is not None and spec.blend.mask is not None:
         fixed = latent_mask(load_mask(spec.blend.mask, source.image.size), size).to(model.device)
     context = model.structured(model.encode(made.layout, subject), source.structure)
     has_room = spec.room and made.swapped.columns and fixed is None
     square = _square(source, spec, made.swapped, size, model.device) if has_room else None
-    target = Target(context, spec.blend, made.source_words, made.target_words, fixed, square, spec.room)
-    return replace(target, visible=_visible(source, target, size, model.device)) if spec.erase else target
+    target = Target(context, spec.blend, made.source_words, made.target_words, fixed, square, spec.room, spec.grow)
+    return replace(target, attended=_attended(source, target, size, model.device)) if spec.erase else target
 
 
-def _visible(source: Source, target: Target, size: tuple[int, int], device: torch.device) -> dict[int, Tensor]:
+def _attended(source: Source, target: Target, size: tuple[int, int], device: torch.device) -> dict[int, Tensor]:
     """What is left to see, by resolution, without the region of the source's words, or of the user's mask."""
     hidden = target.fixed_mask
     if hidden is None:
         of_source = replace(target, target_words=Words())
-        hidden = edit_mask(of_source, source.attention, source.attention, size, target.blend.grow)
-    return {pixels: seen.to(device) for pixels, seen in visible_pixels(hidden).items()}
+        hidden = edit_mask(of_source, source.attention, source.attention, size, target.grow)
+    return {pixels: seen.to(device) for pixels, seen in attended_pixels(hidden).items()}
 
 
 def _square(

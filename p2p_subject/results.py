@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from p2p_subject.edits import EditSpec
-from p2p_subject.images import load_mask
+from p2p_subject.edits import Blend, EditSpec
+from p2p_subject.images import Frame, load_mask
 from p2p_subject.outputs import feather, paste_back, restore
 from p2p_subject.prompts import Plan
 from p2p_subject.sampling import EditRun, Target
@@ -50,15 +50,11 @@ def result_of(
 ) -> EditResult:
     """The result of edit `k` of a run; `latents` (1, C, h, w) and `image`, if decoded, at the model's size."""
     source_maps, target_maps = (maps.cpu() for maps in run.seen(k))
-    # Pixels a side of one latent pixel: edits reach half a one beyond their mask and fade over another half.
-    cell = scale_factor * max(source.image.size) / max(source.frame.model_size)
-    pixels = _pixels(run.targets[k], spec, source, source_maps, target_maps, cell)
+    pixels = _pixels(run.targets[k], spec, source, source_maps, target_maps, pixels_a_latent(source.frame, scale_factor))
     if image is not None:
         image = restore(image, source.frame)
         if paste and pixels is not None:
-            width = spec.blend.feather
-            alpha = feather(pixels, round(cell / 2), cell / 2) if width is None else feather(pixels, 0, width)
-            image = paste_back(source.image, image, alpha)
+            image = paste_back(source.image, image, feather(pixels, *rim(spec.blend, source.frame, scale_factor)))
     return EditResult(
         image=image,
         mask=None if pixels is None else to_gray(pixels),
@@ -69,6 +65,17 @@ def result_of(
         unet_rows=sum(run.calls),
         spec=spec,
     )
+
+
+def pixels_a_latent(frame: Frame, scale_factor: int) -> float:
+    """Pixels of the picture a side of one latent pixel."""
+    return scale_factor * max(frame.original_size) / max(frame.model_size)
+
+
+def rim(blend: Blend, frame: Frame, scale_factor: int) -> tuple[int, float]:
+    """By how many pixels of the picture an edit is wider than its mask, and over how many more it fades into the original."""
+    half = pixels_a_latent(frame, scale_factor) / 2
+    return (round(half), half) if blend.feather is None else (0, blend.feather)
 
 
 def _pixels(

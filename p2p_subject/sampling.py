@@ -58,8 +58,9 @@ class Target:
     """What sampling needs to know of one edit: its context of one row and how its mask is made.
 
     `fixed_mask` (h, w), if the user gave one, stands in place of the words' attention. `square` (h, w), if any, is what lies
-    around the swapped word's region: in the first `room` of the steps all of it may change. `visible`, if anything is hidden
-    from self-attention, is what is not, by the number Q of pixels of a resolution: (Q,) bool.
+    around the swapped word's region: in the first `room` of the steps all of it may change. `grow` dilates the words' mask by
+    so many latent pixels. `attended`, if anything is hidden from self-attention, is what is not, by the number Q of pixels
+    of a resolution: (Q,) bool.
     """
 
     context: Context
@@ -69,7 +70,8 @@ class Target:
     fixed_mask: Tensor | None = None
     square: Tensor | None = None
     room: float = 0.0
-    visible: Mapping[int, Tensor] | None = None
+    grow: int = 0
+    attended: Mapping[int, Tensor] | None = None
 
     @property
     def reads_maps(self) -> bool:
@@ -152,7 +154,7 @@ class EditRun:
         reads = any(target.reads_maps for target in self.targets)
         sink = self.maps.sink([0, *read] if running and replays else read) if reads else None
         stacked = torch.cat([*[self.source.before(index)] * replays, *[latents] * (1 if self.scale == 1 else 2)])
-        control = controller.at(index, rows, sink, recorded, self._visible(replays))
+        control = controller.at(index, rows, sink, recorded, self._attended(replays))
         predicted = self.noise(stacked, move, context, control)
 
         if sink is not None:
@@ -164,9 +166,9 @@ class EditRun:
         predicted = predicted[int(replays) :]
         return predicted if self.scale == 1 else guide(*predicted.chunk(2), self.scale, self.source.proximal)
 
-    def _visible(self, replays: bool) -> dict[int, Tensor] | None:
+    def _attended(self, replays: bool) -> dict[int, Tensor] | None:
         """What each row of a call may see of its own pixels, (R, 1, 1, Q) bool by their number; None where all see all."""
-        seen = [target.visible for target in self.targets]
+        seen = [target.attended for target in self.targets]
         if not any(seen):
             return None
         found = {}
@@ -198,7 +200,7 @@ class EditRun:
             mask = None if waits else target.fixed_mask
             if mask is None and not waits:
                 open_square = move.index in steps_of((0.0, target.room), steps)
-                mask = edit_mask(target, *self.seen(k), size, target.blend.grow, open_square)
+                mask = edit_mask(target, *self.seen(k), size, target.grow, open_square)
             blended.append(x if mask is None else blend(x, kept, mask))
         return torch.stack(blended)
 

@@ -38,7 +38,7 @@ def pixel_mask(target: Target, source_maps: Tensor, target_maps: Tensor, frame: 
     """
     width, height = frame.original_size
     mask = edit_mask(target, source_maps, target_maps, (height, width), 0, open_square=target.room == 1)
-    return None if mask is None else dilate(mask.numpy(), round(target.blend.grow * cell))
+    return None if mask is None else dilate(mask.numpy(), round(target.grow * cell))
 
 
 def heat_maps(source_maps: Tensor, target_maps: Tensor, plan: Plan, size: tuple[int, int]) -> dict[str, Image.Image]:

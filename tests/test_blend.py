@@ -11,6 +11,7 @@ from transformers import CLIPTokenizer
 
 from p2p_subject.blend import (
     RULES,
+    attended_pixels,
     binary_mask,
     blend,
     competitors,
@@ -20,7 +21,6 @@ from p2p_subject.blend import (
     share,
     squares_around,
     subtracted_region,
-    visible_pixels,
 )
 from p2p_subject.errors import EditSpecError
 from p2p_subject.tokens import layout
@@ -159,7 +159,7 @@ def test_squares_hold_their_mask_and_stay_near_it(mask) -> None:
 @settings(deadline=None)
 def test_what_is_hidden_is_hidden_at_every_resolution_and_something_is_always_seen(height, width, seed, share) -> None:
     mask = torch.rand(height, width, generator=torch.Generator().manual_seed(seed)) < share
-    seen = visible_pixels(mask.float())
+    seen = attended_pixels(mask.float())
     sizes, side = [], (height, width)
     while True:
         sizes.append(side)

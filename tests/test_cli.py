@@ -135,7 +135,7 @@ class TestEdit:
         subject = seen["spec"].subject
         assert seen["spec"] == swap_subject("cat", subject) != EditSpec(swap="cat", subject=subject)
         shell.report(*EDIT, "--remove", "cat", "--target-prompt", "grass", "--mask-out", "{tmp}/mask.png", "--rule", "peak")
-        assert seen["spec"] == remove("cat", "grass", blend=Blend(grow=1, rule="peak")) and "mask.png" in shell.written()
+        assert seen["spec"] == remove("cat", "grass", blend=Blend(rule="peak")) and "mask.png" in shell.written()
         shell.report(*EDIT, "--remove", "cat", "--target-prompt", "grass", "--mask", "{mask}")
         assert seen["spec"] == remove("cat", "grass") and seen["mask"] is not None
         shell.report(*EDIT, "--swap", "cat", "--target-prompt", "a bus on grass")

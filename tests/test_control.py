@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from p2p_subject.alignment import Alignment
 from p2p_subject.attention import ControlledAttention, controlled_attention, map_size
-from p2p_subject.blend import visible_pixels
+from p2p_subject.blend import attended_pixels
 from p2p_subject.controller import Controller, MapSink, StepControl, Tap, compile_edits, self_pixels, steps_of
 from p2p_subject.edits import EditSpec
 from p2p_subject.errors import EditSpecError, HookError
@@ -132,7 +132,7 @@ def test_hidden_pixels_are_seen_by_no_row_that_they_are_hidden_from(pixels: int)
     latents, context = torch.randn(3, 4, 8, 8).double(), torch.randn(3, TOKENS, WIDTH).double()
     mask = torch.zeros(8, 8)
     mask[2:4, 3:6] = 1
-    seen = {q: torch.stack([torch.ones_like(own), own, own])[:, None, None] for q, own in visible_pixels(mask).items()}
+    seen = {q: torch.stack([torch.ones_like(own), own, own])[:, None, None] for q, own in attended_pixels(mask).items()}
 
     class Zeroed:
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
@@ -149,7 +149,7 @@ def test_hidden_pixels_are_seen_by_no_row_that_they_are_hidden_from(pixels: int)
             return attn.to_out[0]((maps @ v).transpose(1, 2).flatten(2))
 
     with torch.no_grad(), controlled_attention(unet):
-        control = StepControl(rows=3, self_pixels=(pixels,), visible=seen)
+        control = StepControl(rows=3, self_pixels=(pixels,), attended=seen)
         ours = unet(latents, 500, context, cross_attention_kwargs={"control": control}).sample
         plain = unet(latents, 500, context, cross_attention_kwargs={"control": StepControl(3, self_pixels=(pixels,))}).sample
     unet.set_attn_processor(Zeroed())

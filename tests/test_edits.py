@@ -63,11 +63,14 @@ def test_specs_survive_json(spec: EditSpec) -> None:
 def test_a_removal_names_its_region_follows_nothing_and_takes_a_blend_of_yours() -> None:
     spec = remove("cat", "grass")
     assert spec.erase and spec.prompt == "grass" and spec.cross_replace == spec.self_replace == (0.0, 0.0)
-    assert (spec.blend.source_words, spec.blend.target_words, spec.blend.grow) == (("cat",), (), 1)
+    assert (spec.blend.source_words, spec.blend.target_words, spec.grow) == (("cat",), (), 1)
     assert remove([("cat", 0), ("cat", 1)], "grass").blend.source_words == (("cat", 0), ("cat", 1))
     own = remove("cat", "grass", blend=Blend(feather=4.0, subtract=["hat"]), self_replace=0.2)
     assert own.blend == Blend(source_words=("cat",), target_words=(), feather=4.0, subtract=("hat",))
     assert own.self_replace == (0.0, 0.2)
+    assert own.grow == 1 and remove("cat", "grass", blend=Blend(grow=0)).grow == 0 and EditSpec(prompt="a dog").grow == 0
+    with pytest.raises(EditSpecError, match=r"source_words=\('dog',\) in the blend; leave these out"):
+        remove("cat", "grass", blend=Blend(source_words=["dog"]))
     masked = Blend(mask=np.full((2, 3), 255, np.uint8))
     assert remove("cat", "grass", blend=masked).blend == replace(masked, source_words=("cat",), target_words=())
     with pytest.raises(EditSpecError, match="nothing to take out"):

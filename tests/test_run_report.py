@@ -20,9 +20,9 @@ from benchmarks import lanes, report, run
 from benchmarks.meter import metered
 from benchmarks.method_names import described, method_of, names_of
 from benchmarks.methods import METHODS, Method, Paste
-from benchmarks.report_tables import Section, grouped, sections, shared, worst_first
+from benchmarks.report_tables import grouped, sections, shared, worst_first
 from benchmarks.run_folder import RunError, RunFolder, file_name, read_rows, read_settings
-from benchmarks.suite import Case, Edited, Options, SuiteError
+from benchmarks.suite import Case, Options, SuiteError
 from benchmarks.worker import Settings, finite
 from benchmarks.world_suite import WorldSuite
 from p2p_subject.controller import steps_of
@@ -134,11 +134,10 @@ def test_ours_edits_with_the_editors_defaults() -> None:
     assert method_of("ours-best[cross_replace=0.6]").spec(words, True).cross_replace == (0, 0.6)
     out, removal = suite.case("remove-0000"), METHODS["ours"].spec(suite.case("remove-0000"), True)
     assert removal == best.spec(out, True) == remove(list(out.source_words), out.target_prompt)
-    # A change whose new word the prompt lacks is no removal.
-    assert not METHODS["ours"].spec(replace(out, kind="change-object"), True).erase
-    assert METHODS["ours"].spec(replace(out, kind="delete-object"), True) == removal
-    assert not METHODS["direct+p2p"].spec(out, True).erase and method_of("ours[grow=0]").spec(out, True).blend.grow == 0
-    assert METHODS["ours+mask"].spec(out, True).erase
+    assert out.removes and not METHODS["ours"].spec(replace(out, removes=False), True).erase
+    assert not METHODS["direct+p2p"].spec(out, True).erase and method_of("ours[grow=0]").spec(out, True).grow == 0
+    assert METHODS["ours+mask"].spec(out, True).erase and method_of("ours+mask[feather=3]").spec(out, True).blend.feather == 3
+    assert not replace(METHODS["ours"], blend=None).spec(out, True).erase
     assert method_of("ours[self_replace=0.2]").spec(out, True).self_replace == (0, 0.2)
     assert METHODS["ours"].paste and not METHODS["ours"].mask_input
     given = METHODS["ours+mask"].spec(case, True).blend
@@ -179,6 +178,8 @@ def test_methods_are_named_with_settings() -> None:
 def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     edits = described(METHODS["ours"])["edits"]
     assert (edits["words"]["cross_replace"], edits["words"]["room"]) == ([0, 0.8], 0)
+    assert (edits["words"]["blend"]["grow"], edits["removal"]["blend"]["grow"]) == (0, 1)
+    assert described(METHODS["direct+p2p"])["edits"]["pie"]["weights"] == [["dog", 2.0]]
     assert (edits["subject"]["cross_replace"], edits["subject"]["room"]) == ([0, 0.2], 0.5)
     assert edits["subject"]["blend"]["source_words"] == ["cat"] and described(METHODS["lavis"])["edits"].keys() == {"subject"}
     # Another default of the library is another method, whatever its own fields say.
@@ -192,6 +193,10 @@ def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: 
     [
         ("our", "Did you mean 'ours'"),
         ("ours[window=3]", "no setting 'window'"),
+        ("ours[treshold=0.3]", "Did you mean 'threshold'"),
+        ("ours+mask[threshold=0.3]", "no setting 'threshold'"),
+        ("generate-only[paste=true]", "expected one of guidance_scale, steps"),
+        ("direct+p2p[weight=3]", "no setting 'weight'"),
         ("ours[steps]", "expected settings such as"),
         ("ours[steps=3", "expected settings such as"),
         ("paste[steps=3]", "has no settings"),
@@ -545,7 +550,7 @@ class Page(HTMLParser):
 def test_tables_hold_mean_interval_n_and_paired_differences(tmp_path: Path) -> None:
     rows = read_rows(made_run(tmp_path))
     (section,) = sections(rows, WorldSuite, ["good", "bad"], "good")
-    means, differences, rest = section.tables
+    (means, differences), rest = section.tables, section.rest
     cells = {line[0]: dict(zip(means.columns, line)) for line in means.lines}
     assert cells["good"]["edit achieved ↑"] == "1.000 (1.000 to 1.000; 6)" and cells["good"]["failed"] == "0"
     # The failed case counts as not achieved: 2 of 6. It has no PSNR, and what makes no masks has no IoU to fail in.
@@ -563,13 +568,13 @@ def test_tables_hold_mean_interval_n_and_paired_differences(tmp_path: Path) -> N
 def test_methods_of_other_cases_are_compared_on_those_of_all(tmp_path: Path) -> None:
     rows = [row for row in read_rows(made_run(tmp_path)) if row["method"] == "good" or row["case"] < "swap-0002"]
     (section,) = sections(rows, WorldSuite, ["good", "bad"], "good")
-    whole, alike, differences, rest = section.tables
+    whole, alike, differences = section.tables
     assert alike.title == "the same over the 2 cases that every method has"
     values = {table.title: {line[0]: dict(zip(table.columns, line)) for line in table.lines} for table in (whole, alike)}
     assert values[whole.title]["good"]["PSNR outside, dB ↑"].startswith("32.50 (")
     assert values[alike.title]["good"]["PSNR outside, dB ↑"].startswith("30.50 (")
     assert values[alike.title]["bad *"] == values[whole.title]["bad *"]
-    assert differences.title.startswith("good less") and rest.title == "the other measures"
+    assert differences.title.startswith("good less") and section.rest.title == "the other measures"
 
 
 def test_the_worst_cases_of_a_method_come_first(tmp_path: Path) -> None:
@@ -578,7 +583,9 @@ def test_the_worst_cases_of_a_method_come_first(tmp_path: Path) -> None:
     # The one that failed, then those not achieved from the lowest PSNR on, then the rest.
     assert order == [5, 0, 2, 4, 1, 3]
     assert [int(case[-1]) for case in worst_first(section, WorldSuite, "good")] == list(range(6))
-    assert isinstance(section, Section)
+    # A method that ran none of these cases leads none of them, and nothing says that it does.
+    assert section.leading("bad") == "bad" and section.leading("other") == "good"
+    assert worst_first(section, WorldSuite, "other") == worst_first(section, WorldSuite, "good")
 
 
 def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
@@ -586,7 +593,7 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text() == text and "## swap (6 cases)" in text and "1 failed" in text
     assert "command: python -m x" in text
     brief = report.report(tmp_path, against="bad", shown=4, brief=True)
-    assert "mask IoU" in brief and "Bad less the method" in brief and "SSIM outside" in text and "SSIM outside" not in brief
+    assert "mask IoU" in brief and "### bad less the method" in brief and "SSIM outside" in text and "SSIM outside" not in brief
     assert (tmp_path / "report.md").read_text() == text
     html = (tmp_path / "report.html").read_text()
     found = Page(html)
@@ -633,8 +640,3 @@ def test_a_report_names_a_method_that_is_not_there_and_mixed_code(tmp_path: Path
 def test_file_names_stay_apart() -> None:
     names = ["ours", "ours[a=1]", "ours[a=2]", "m:f", "m_f", "ddim+p2p"]
     assert len({file_name(name) for name in names}) == len(names) and file_name("ddim+p2p") == "ddim+p2p"
-
-
-def test_edited_and_case_are_values_with_defaults() -> None:
-    case = Case("a", "s", "k", 0, "a cat", "a dog")
-    assert case.size is None and Edited(Image.new("RGB", (2, 2))).mask is None

@@ -184,7 +184,7 @@ class TestHeatMaps:
 def test_a_mask_of_a_photo_grows_without_a_wait():
     maps = torch.zeros(2, 2, 16, 16)
     maps[0, 1, 8, 8] = maps[:, 0, 0, 0] = 1
-    target = Target(Context(torch.zeros(1, 2, 1)), Blend(rule="peak", grow=6), Words((1,), (0,)), Words())
+    target = Target(Context(torch.zeros(1, 2, 1)), Blend(rule="peak"), Words((1,), (0,)), Words(), grow=6)
     mask = pixel_mask(target, *maps, Frame((2400, 1600), (128, 64)), 150.0)
     assert mask.shape == (1600, 2400) and set(np.unique(mask)) == {0, 1} and mask[:, 900:].any()
     assert not pixel_mask(replace(target, blend=Blend(rule="peak")), *maps, Frame((24, 16), (24, 16)), 1.0).all()
