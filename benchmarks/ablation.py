@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.cost import environment
+from benchmarks.environment import environment
 from benchmarks.features import weights_digest
 from benchmarks.judge import Judge, right_category, right_look
 from benchmarks.statistics import interval

@@ -142,9 +142,6 @@ class DreamBench(Suite):
         pictures = tuple(load_image(path) for path in self.subjects.pictures(subject))
         return Case(id, self.name, kind, seed, text, text, references=pictures, category=category, facts=subject)
 
-    def prepare(self) -> None:
-        self.networks.load()
-
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         values: Values = {}
         clip, dino = self.networks.clip, self.networks.dino

@@ -98,9 +98,6 @@ class DreamEditBench(Suite):
             facts=subject,
         )
 
-    def prepare(self) -> None:
-        self.networks.load()
-
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         values: Values = {}
         known, source, shown = self._features(case), squeezed(case.source), squeezed(edited.image)

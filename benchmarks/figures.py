@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.cost import environment
+from benchmarks.environment import environment
 from benchmarks.figures_table import results
 from benchmarks.judge import Judge, right_category, right_look, scene_batch
 from benchmarks.metrics import iou, psnr

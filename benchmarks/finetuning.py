@@ -15,8 +15,8 @@ import argparse
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.cost import machine
+from benchmarks.environment import machine
 from benchmarks.finetuning_methods import METHODS, encoded
 from benchmarks.finetuning_report import plot, tables
 from benchmarks.judge import Judge, right_category, right_look, to_batch
@@ -212,18 +212,19 @@ def ceiling(settings: Settings, subjects: Sequence[int], tuning: bool) -> Row:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def run(settings: Settings, cases: Sequence[Case], out: Path, processes: int) -> Iterator[None]:
+def run(settings: Settings, cases: Sequence[Case], out: Path, processes: int) -> None:
     """Run the cases that have no rows yet, in `processes` processes of one thread (1: in this one)."""
     left = [case for case in cases if not (out / "rows" / f"{case.name}.jsonl").exists()]
-    bar = tqdm(total=len(cases), initial=len(cases) - len(left), desc="cases", disable=None)
-    with bar:
+    with tqdm(total=len(cases), initial=len(cases) - len(left), desc="cases", disable=None) as bar:
         if processes == 1:
             for case in left:
-                yield bar.update(run_case(settings, case, out) is None)
+                run_case(settings, case, out)
+                bar.update()
             return
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            for done in [pool.submit(run_case, settings, case, out) for case in left]:
-                yield bar.update(done.result() is None)
+            for done in as_completed([pool.submit(run_case, settings, case, out) for case in left]):
+                done.result()
+                bar.update()
 
 
 def rows_of(cases: Sequence[Case], out: Path) -> list[Row]:
@@ -242,8 +243,7 @@ def measure(settings: Settings, cases: Sequence[Case], out: Path, processes: int
     for folder in ("rows", "sheets"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     atomic_write(known, stated)
-    for _ in run(settings, cases, out, processes):
-        pass
+    run(settings, cases, out, processes)
     rows = rows_of(cases, out)
     subjects = sorted({case.subject for case in cases})
     best = ceiling(settings, subjects, cases[0].tuning)

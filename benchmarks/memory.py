@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import multiprocessing
+import resource
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +26,23 @@ def forget_resident_peak() -> None:
         libc.malloc_trim(0)
     # Documented in proc(5): 5 resets the high-water mark.
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_peak() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    try:
+        # getrusage also counts what the parent held when it started this process.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns in a new process that nothing has run in before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def allocated_on_cpu(call: Callable[[], Any]) -> int:

@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.cost import resident_peak, synchronise
-from benchmarks.memory import forget_resident_peak
+from benchmarks.memory import forget_resident_peak, resident_peak
 
 Cost = dict[str, float | None]
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.methods import METHODS, PIE_BENCH, Generation, Method, MethodFunction, Paste
+from benchmarks.methods import METHODS, PIE_BENCH, BlipDiffusion, Generation, Method, MethodFunction, Paste
 from benchmarks.suite import Case
 from p2p_subject import checks, inverting
 from p2p_subject.edits import Blend, EditSpec
@@ -54,7 +54,7 @@ def method_of(name: str, *, steps: int | None = None, guidance_scale: float | No
         expected = f"one of {', '.join(METHODS)}, or module:function"
         raise ArgumentError(f"method {base!r};{did_you_mean(base, METHODS)} expected {expected}")
     method = METHODS[base]
-    if isinstance(method, Paste):
+    if isinstance(method, Paste | BlipDiffusion):
         if changes:
             raise ArgumentError(f"method {name!r}: {base!r} has no settings")
         return method
@@ -170,7 +170,7 @@ def described(method: MethodFunction) -> dict[str, Any]:
     """
     if isinstance(method, Method):
         return json.loads(json.dumps(asdict(method) | {"edits": _edits(method)}, default=list))
-    if isinstance(method, Generation | Paste):
+    if isinstance(method, Generation | BlipDiffusion | Paste):
         return json.loads(json.dumps(asdict(method), default=list))
     try:
         digest = hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]

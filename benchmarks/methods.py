@@ -25,8 +25,11 @@ from PIL import Image
 from benchmarks.suite import Case, Edited
 from inversion import Trajectory, reconstruct
 from inversion.trajectory import TENSORS
+from p2p_subject.blip_diffusion import BlipDiffusionPipeline
+from p2p_subject.blip_diffusion.presets import PAPER
 from p2p_subject.editor import Editor
 from p2p_subject.edits import Blend, EditSpec, Subject, remove, swap_subject
+from p2p_subject.errors import ModelError
 from p2p_subject.images import fit
 from p2p_subject.outputs import restore
 from p2p_subject.preparing import context_of
@@ -70,10 +73,9 @@ class Method:
     mask_input: bool = False
 
     def applies(self, case: Case) -> bool:
-        """Whether the method can be asked for the case."""
-        if case.source is None:
-            return not (self.published or self.mask_input)
-        return (not self.subjects or bool(case.references)) and (not self.mask_input or case.mask is not None)
+        """Whether the method can be asked for the case: there is something to edit, and what the method needs."""
+        known = (not self.subjects or bool(case.references)) and (not self.mask_input or case.mask is not None)
+        return case.source is not None and known
 
     def spec(self, case: Case, takes_subjects: bool) -> EditSpec:
         """The edit of a case; a model that takes no subjects gets a swap as the word alone."""
@@ -112,8 +114,6 @@ class Method:
         return blend if blend.source_words or blend.target_words or with_subject else None
 
     def __call__(self, editor: Editor, case: Case) -> Edited:
-        if case.source is None:
-            return Generation(self.steps, self.guidance_scale)(editor, case)
         # Of the methods, edit-friendly inversion alone draws noise.
         drawn = {"seed": case.seed} if self.inversion == "edit_friendly" else {}
         source = editor.invert(case.source, case.prompt, method=self.inversion, steps=self.steps, **drawn | dict(self.options))
@@ -187,6 +187,36 @@ class Generation:
         )
         image = made.image if case.size in (None, made.image.size) else made.image.resize(case.size, Image.Resampling.LANCZOS)
         return Edited(image, trajectory=fingerprint(made.trajectory))
+
+
+@dataclass(frozen=True)
+class BlipDiffusion:
+    """Generation of a subject by BLIP-Diffusion's own pipeline, with the settings of its paper's figures on DreamBench."""
+
+    paper: str = "Li et al. 2023, section 4"
+    mask_input: bool = False
+
+    def applies(self, case: Case) -> bool:
+        """Generations of a subject that the prompt names."""
+        return case.source is None and bool(case.references)
+
+    def __call__(self, editor: Editor, case: Case) -> Edited:
+        pipeline = editor.model.pipeline
+        if not isinstance(pipeline, BlipDiffusionPipeline):
+            raise ModelError(f"{editor.model.name} is no BLIP-Diffusion, whose own generation this is")
+        # A run has a bar of its own.
+        pipeline.set_progress_bar_config(disable=True)
+        # "a red dog in the snow": the pipeline is told "red dog" and "in the snow", and says "a" itself.
+        before, category, after = case.prompt.partition(case.category)
+        made = pipeline(
+            after.strip(),
+            [list(case.references)],
+            case.category,
+            before.removeprefix("a ") + category,
+            generator=torch.Generator().manual_seed(case.seed),
+            **PAPER,
+        )
+        return Edited(made.images[0])
 
 
 @dataclass(frozen=True)
@@ -271,6 +301,7 @@ METHODS: dict[str, MethodFunction] = {
         blend={**PUBLISHED_BLEND, "start": 0.0, "target_words": ()},
     ),
     "generate-only": Generation(),
+    "blip-diffusion": BlipDiffusion(),
     "paste": Paste(),
 }
 """Methods by name."""

@@ -1,9 +1,9 @@
 """Measures of pictures, masks and features. Pure functions: uint8 pictures (H, W, 3), bool masks (H, W), float vectors.
 
-What scikit-image or torchmetrics has is theirs. A region is a mask whose pixels count; errors are averaged over them, so `mse`
-and `psnr` do not depend on its area (`ssim` does a little: windows at its edge see the same black in both pictures). The
-`published_` ones of PIE-Bench (Ju et al. 2024) do: they black out the region of the edit in both pictures and average over the
-whole frame.
+SSIM is scikit-image's, the published one torchmetrics'; what is a line of numpy is that. A region is a mask whose pixels count;
+errors are averaged over them, so `mse` and `psnr` do not depend on its area (`ssim` does a little: windows at its edge see the
+same black in both pictures). The `published_` ones of PIE-Bench (Ju et al. 2024) do: they black out the region of the edit in
+both pictures and average over the whole frame.
 """
 
 from __future__ import annotations

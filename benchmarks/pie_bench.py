@@ -89,6 +89,7 @@ class PieBench(Suite):
         "published_clip_edited",
     )
     pooled = True
+    takes = ("data", "clip", "dino", "lpips")
     measures = (
         Measure("published_structure", "published structure x 10^3", False, scale=1e3, about="of pixels up to 255"),
         Measure(
@@ -107,6 +108,8 @@ class PieBench(Suite):
         Measure("lpips", "LPIPS x 10^3", False, scale=1e3),
         Measure("mse", "MSE x 10^4", False, scale=1e4),
         Measure("ssim", "SSIM x 10^2", scale=100),
+        Measure("unpasted_psnr", "unpasted PSNR", unit="dB", about="before original pixels were put back, as the next"),
+        Measure("unpasted_ssim", "unpasted SSIM x 10^2", scale=100),
         Measure("clip_edited", "CLIP edited", failed=0.0, about="of a square around the edited region, nothing black"),
         Measure("mask_iou", "mask IoU", failed=0.0, about="with the annotated region"),
         *COSTS,
@@ -184,7 +187,7 @@ class PieBench(Suite):
 
     def prepare(self) -> None:
         metrics.require_torchmetrics()
-        self.networks.load()
+        super().prepare()
 
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:
         source, picture, edge = np.asarray(case.source), np.asarray(edited.image), bordered(case.mask)
@@ -199,6 +202,9 @@ class PieBench(Suite):
                 "ssim": metrics.ssim(picture, source, background),
             }
             values |= self._lpips_values(picture, source, edge)
+            decoded_picture = picture if edited.unpasted is None else np.asarray(edited.unpasted())
+            values["unpasted_psnr"] = metrics.capped(metrics.psnr(decoded_picture, source, background))
+            values["unpasted_ssim"] = metrics.ssim(decoded_picture, source, background)
         if edited.mask is not None:
             values["mask_iou"] = metrics.iou(np.asarray(edited.mask) > 127, case.mask)
         return values | self._clip_values(case, edited.image) | self._dino_values(case, edited.image)

@@ -26,8 +26,10 @@ from p2p_subject.outputs import atomic_write, save_image
 SHOWN = 12
 """Cases of a kind whose pictures are on the page."""
 STAR = (
-    "* was given the true mask (mask_input); n is the number of cases (in DreamBench and DreamEdit of subjects) with a value. "
-    "A failed case counts as 0 in shares, cosines and IoUs, and has no value in the rest; the last column says how many failed."
+    "* was given the true mask (mask_input); † put original pixels back outside its own. n is the number of cases (of subjects "
+    "in DreamBench and DreamEdit) with a value. A failed case counts as 0 in shares, cosines and IoUs, and has no value in the "
+    "rest; the last column says how many failed. Intervals of shares of cases are Wilson's, others by bootstrap, each for "
+    "itself: of twenty differences that are none, one is called ahead or behind."
 )
 MIXED = ("threads", "code", "versions", "networks")
 """What one run should have one of."""
@@ -45,6 +47,7 @@ def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """What the figures hold for, one a line; more than one code, device or set of versions in a run is said."""
     values = settings["settings"]
     lines = [f"command: {command}" for command in settings.get("commands", [])]
+    values = values | {"model": values.get("model") or "the miniature"}
     lines += [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
     for name in ("device", "machine", "threads", "code", "versions", "networks"):
         # Rows that failed before they had one, and those of suites without networks, have none.

@@ -143,7 +143,10 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
     drawn = 0
     for axes, across in zip(figure.subplots(1, 2), (preservation, cost)):
         for number, (name, own) in enumerate(section.rows.items()):
-            x, y = (mean(list(grouped(values_of(own, measure), suite).values())) for measure in (across, fidelity))
+            x, y = (
+                mean(list(grouped(values_of(own, measure), suite).values()), share=measure.share)
+                for measure in (across, fidelity)
+            )
             if x is None or y is None:
                 continue
             drawn += 1

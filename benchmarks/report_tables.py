@@ -112,7 +112,7 @@ def _means(title: str, rows: Mapping[str, Mapping[str, Row]], measures: Sequence
     for name, own in rows.items():
         failed = sum("error" in row for row in own.values())
         found = [(list(grouped(values_of(own, measure), suite).values()), measure) for measure in measures]
-        cells = [cell(mean(values), measure, len(values)) for values, measure in found]
+        cells = [cell(mean(values, share=measure.share), measure, len(values)) for values, measure in found]
         lines.append((label(name, *own.values()), *cells, str(failed)))
     return Table(title, ("method", *map(heading, measures), "failed"), tuple(lines))
 
@@ -136,8 +136,9 @@ def _differences(
 
 
 def label(name: str, *rows: Row) -> str:
-    """A method's name, with a star where it was given the true mask in rows of its."""
-    return f"{name} *" if any(row["mask_input"] for row in rows) else name
+    """A method's name, with a star where it was given the true mask in rows of its, a dagger where it pasted."""
+    marks = (("*", "mask_input"), ("†", "pasted"))
+    return " ".join([name, *[mark for mark, field in marks if any(row.get(field) for row in rows)]])
 
 
 def heading(measure: Measure) -> str:

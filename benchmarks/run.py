@@ -55,10 +55,15 @@ def _readable(suite: Suite, id: str) -> Case | None:
         return None
 
 
-def record(settings: Settings, suite: Suite) -> dict[str, Any]:
-    """What the rows of a folder have in common: suite and model with all that makes them what they are."""
+def record(settings: Settings, suite: Suite, methods: Mapping[str, MethodFunction]) -> dict[str, Any]:
+    """What the rows of a folder have in common: suite and model with all that makes them what they are.
+
+    Raises `ModelError` where the suite, or the `methods` that are asked for cases, can do nothing with the model.
+    """
+    if suite.of_photos and settings.model is None:
+        raise ModelError(f"suite {suite.name!r} is of photographs, which the miniature cannot draw; pass --model NAME|FOLDER")
     editor = Editor.from_pretrained(settings.model)
-    require_possible(editor, suite, settings.named_methods())
+    require_possible(editor, suite, methods)
     return {
         "suite": settings.suite,
         **suite.record(),
@@ -114,14 +119,16 @@ def measure(
     folder = RunFolder(settings.out)
     require_folder(settings.out)
     require_devices(devices)
-    recorded = record(settings, suite)
+    asked = {name for name, _, _ in tasks}
+    recorded = record(settings, suite, {name: method for name, method in methods.items() if name in asked})
     with folder.opened(recorded, {name: described(method) for name, method in methods.items()}, command):
         if retry:
             folder.forget_failures((name, id) for name, _, id in tasks)
         missing = [task for task in tasks if (task[0], task[2]) not in folder.rows]
         if missing:
-            # Here as well as in every process, where an error would have no name.
-            open_suite(settings.suite, settings.options).prepare()
+            if len(devices) * processes > 1:
+                # Here as well as in every process, where an error would have no name.
+                open_suite(settings.suite, settings.options).prepare()
             rows = rows_of(settings, missing, devices, processes, recorded["fingerprint"])
             for row in tqdm(rows, desc="cases", total=len(missing), disable=None):
                 folder.add(row)

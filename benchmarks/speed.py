@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost import in_fresh_process, machine, resident_peak, synchronise
-from benchmarks.memory import allocated_on_cpu, allocated_on_gpu, forget_resident_peak
+from benchmarks.environment import machine
+from benchmarks.memory import allocated_on_cpu, allocated_on_gpu, forget_resident_peak, in_fresh_process, resident_peak
+from benchmarks.meter import synchronise
 from benchmarks.speed_cases import EQUALITY, PEAKS, RUNS, STEPS, Bench, Work, counted_rows, equality
 from benchmarks.speed_report import plot, report
 from benchmarks.startup import STARTUP, startup

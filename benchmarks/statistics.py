@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, and paired differences. Pure functions; the same seed gives the same interval."""
+"""Means with intervals, and paired differences. Pure functions; the same seed gives the same interval."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 
 DRAWS = 2000
 
@@ -27,9 +27,20 @@ def interval(values: Sequence[float], *, share: float = 0.95, draws: int = DRAWS
     return float(found.low), float(found.high)
 
 
+def share_interval(values: Sequence[float], *, share: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share, from one 0 or 1 a case (Wilson 1927).
+
+    Where all or none of the cases are 1, the bootstrap's has no width. Raises `ValueError` without values, and for others.
+    """
+    if not len(values) or not set(values) <= {0, 1}:
+        raise ValueError("expected one or more values of 0 or 1")
+    found = binomtest(int(sum(values)), len(values)).proportion_ci(share, method="wilson")
+    return float(found.low), float(found.high)
+
+
 @dataclass(frozen=True)
 class Mean:
-    """A mean over `count` of `total` cases, with its 95 % bootstrap interval; the rest have no value."""
+    """A mean over `count` of `total` cases, with its 95 % interval; the rest have no value."""
 
     value: float
     low: float
@@ -38,10 +49,13 @@ class Mean:
     total: int
 
 
-def mean(values: Sequence[float | None]) -> Mean | None:
-    """The mean of the values that there are; None where there are none."""
+def mean(values: Sequence[float | None], *, share: bool = False) -> Mean | None:
+    """The mean of the values that there are, None without any; of a `share`, of values 0 and 1, with Wilson's interval."""
     found = [float(value) for value in values if value is not None]
-    return Mean(float(np.mean(found)), *interval(found), len(found), len(values)) if found else None
+    if not found:
+        return None
+    ends = share_interval(found) if share else interval(found)
+    return Mean(float(np.mean(found)), *ends, len(found), len(values))
 
 
 def paired(ours: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> Mean | None:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.cost import environment
+from benchmarks.environment import environment
 from benchmarks.judge import HUE_TOLERANCE, Judge, right_category
 from benchmarks.metrics import outline_f
 from benchmarks.statistics import interval

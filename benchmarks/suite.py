@@ -85,8 +85,8 @@ class Edited:
 class Measure:
     """A measured value: its name in rows, title, which direction is better, and the factor and unit it is shown in.
 
-    `higher` is None where neither is. `failed` is what a case that raised an error counts as; None leaves it out. `about` says
-    what the title cannot.
+    `higher` is None where neither is. `failed` is what a case that raised an error counts as; None leaves it out. `share`: of
+    cases, each of which has 0 or 1. `about` says what the title cannot.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Measure:
     unit: str = ""
     scale: float = 1.0
     failed: float | None = None
+    share: bool = False
     about: str = ""
 
 
@@ -115,7 +116,7 @@ class Axes:
 
     fidelity: str
     preservation: str
-    cost: str = "rows"
+    cost: str = "seconds"
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,10 @@ class Suite(ABC):
     """Whether the published figures are means over all kinds together."""
     needs_subjects: ClassVar[bool] = False
     """Whether every case shows a subject, so that a model that takes none has nothing to do."""
+    of_photos: ClassVar[bool] = True
+    """Whether the pictures are photographs, for which the miniature is no model."""
+    takes: ClassVar[tuple[str, ...]] = ("data", "clip", "dino")
+    """Those of the options `split`, `data`, `clip`, `dino`, `lpips` that the suite has."""
     networks: Networks | None = None
     """The feature networks that measure, if any do."""
 
@@ -175,6 +180,10 @@ class Suite(ABC):
             raise SuiteError(f"suite {self.name!r} has no cases {unknown}; its kinds are {', '.join(self.kinds)}")
         if options.count is not None and options.count < 1:
             raise SuiteError(f"count={options.count}; expected 1 or more cases a kind")
+        for name in {"split", "data", "clip", "dino", "lpips"} - set(self.takes):
+            # What is not there can be left out.
+            if (value := getattr(options, name)) not in (getattr(Options, name), "none"):
+                raise SuiteError(f"{name}={str(value)!r} means nothing to the suite {self.name!r}; leave it out")
         self.options = options
 
     @classmethod
@@ -196,9 +205,10 @@ class Suite(ABC):
     def case(self, id: str) -> Case:
         """Make or read a case. Raises `SuiteError` for an id there is not."""
 
-    @abstractmethod
     def prepare(self) -> None:
         """Load the networks that measuring needs, so that one that is not there is refused before anything is edited."""
+        if self.networks is not None:
+            self.networks.load()
 
     @abstractmethod
     def measure(self, case: Case, edited: Edited, mask_input: bool) -> Values:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost import machine
+from benchmarks.environment import machine
 from benchmarks.features import versions
 from benchmarks.meter import metered
 from benchmarks.method_names import method_of, takes_mask
@@ -30,7 +30,10 @@ from benchmarks.suites import open_suite
 from p2p_subject.editor import Editor
 from p2p_subject.errors import ModelError
 
-MEASURING = ("suite", "judge", "features", "meter", "methods", "metrics", "world_suite", "pie_bench", "dreambench", "dreamedit")
+MEASURING = (
+    *("suite", "world_suite", "pie_bench", "dreambench", "dreamedit", "methods"),
+    *("metrics", "judge", "features", "meter", "memory"),
+)
 """Modules of the benchmarks that values depend on."""
 
 
@@ -78,11 +81,12 @@ class Worker:
 
     def __init__(self, settings: Settings, device: str) -> None:
         torch.set_num_threads(settings.threads)
+        # float32 means float32: convolutions of recent GPUs would else be of ten bits.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.settings, self.device = settings, device
         self.editor = Editor.from_pretrained(settings.model, device=device, dtype=getattr(torch, settings.dtype))
         self.suite = open_suite(settings.suite, replace(settings.options, device=device))
         self.methods = settings.named_methods()
-        require_possible(self.editor, self.suite, self.methods)
         self.fingerprint = self.editor.model.fingerprint
         self.folder = RunFolder(settings.out)
 
@@ -106,7 +110,7 @@ class Worker:
                 with metered(self.editor.model.unet, self.editor.model.device) as cost:
                     edited = method(self.editor, case if row["mask_input"] else unanswered(case))
                 require_fitting(edited, case, name)
-                row["trajectory"] = edited.trajectory
+                row |= {"trajectory": edited.trajectory, "pasted": edited.unpasted is not None}
                 row["pictures"] |= self.folder.save_edited(name, case, edited)
                 found = self.suite.measure(case, edited, row["mask_input"]) | cost | dict(edited.cost)
                 values = {name: finite(value, name) for name, value in found.items()}
@@ -119,9 +123,9 @@ class Worker:
 def begun(settings: Settings, device: str, fingerprint: str, name: str, kind: str, id: str) -> Row:
     """What the row of a case says before the case is read."""
     mask_input = takes_mask(settings.named_methods()[name])
-    row: Row = {"suite": settings.suite, "kind": kind, "case": id, "method": name, "mask_input": mask_input, "seed": None}
-    row |= {"device": device, "threads": settings.threads, "model": fingerprint, "trajectory": None, "pictures": {}}
-    return row | environment() | {"began": round(time.time(), 3)}
+    row: Row = {"suite": settings.suite, "kind": kind, "case": id, "method": name, "mask_input": mask_input, "pasted": False}
+    row |= {"seed": None, "device": device, "threads": settings.threads, "model": fingerprint, "trajectory": None}
+    return row | {"pictures": {}, "began": round(time.time(), 3)} | environment()
 
 
 def row_of_death(settings: Settings, device: str, fingerprint: str, name: str, kind: str, id: str) -> Row:

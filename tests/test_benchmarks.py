@@ -9,22 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from benchmarks import cost, figures, judge
+from benchmarks import figures, judge
 from benchmarks.figures_table import LINES, Line, pivot, results, standing, summarise, table
-from benchmarks.metrics import iou, psnr
-from benchmarks.statistics import interval
 from p2p_subject.editor import Editor
 from p2p_subject.errors import ModelError
 from p2p_subject.training import world
 from p2p_subject.training.world import Look
-
-MASKS = arrays(bool, (5, 6))
-PICTURES = arrays(np.uint8, (5, 6, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -33,52 +25,6 @@ def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-@given(a=PICTURES, b=PICTURES)
-def test_psnr_is_symmetric_and_that_of_the_mean_squared_error(a: np.ndarray, b: np.ndarray) -> None:
-    error = np.square(a / 255 - b / 255).mean()
-    assert psnr(a, b) == psnr(b, a) == pytest.approx(np.inf if error == 0 else -10 * np.log10(error))
-    assert psnr(a, a) == np.inf
-
-
-def test_psnr_in_a_mask_does_not_depend_on_the_area() -> None:
-    a, b = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)
-    b[:4] = 51  # a fifth of the range: 20 log10(5) dB where it differs
-    small, large = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
-    small[0, :3], large[:4] = True, True
-    assert psnr(a, b, small) == psnr(a, b, large) == pytest.approx(13.979, abs=1e-3)
-    assert psnr(a, b) == pytest.approx(13.979 + 3.010, abs=1e-3)
-    assert psnr(a, b, ~large) == np.inf
-
-
-def test_measures_refuse_what_does_not_fit() -> None:
-    picture = np.zeros((4, 4, 3), np.uint8)
-    with pytest.raises(ValueError, match="uint8 of one shape"):
-        psnr(picture, picture.astype(float))
-    with pytest.raises(ValueError, match="a pixel or more"):
-        psnr(picture, picture, np.zeros((4, 4), bool))
-    with pytest.raises(ValueError, match="bool of one shape"):
-        iou(np.ones((4, 4), bool), np.ones((4, 5), bool))
-    with pytest.raises(ValueError, match="one or more"):
-        interval([])
-
-
-@given(a=MASKS, b=MASKS)
-def test_iou_is_symmetric_in_range_and_one_for_equals(a: np.ndarray, b: np.ndarray) -> None:
-    assert 0 <= iou(a, b) == iou(b, a) <= 1
-    assert iou(a, a) == 1
-    assert (iou(a, b) == 1) == np.array_equal(a, b)
-    if a.any():
-        assert iou(a, a & b) == np.count_nonzero(a & b) / np.count_nonzero(a)
-
-
-@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=30))
-@settings(deadline=None, max_examples=25)
-def test_bootstrap_intervals_lie_within_the_values_and_repeat(values: list[float]) -> None:
-    low, high = interval(values)
-    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
-    assert (low, high) == interval(values)
 
 
 def test_a_case_with_an_error_counts_as_failed() -> None:
@@ -135,14 +81,15 @@ def test_the_judge_refuses_pictures_of_another_size() -> None:
 def test_softened_pictures_stay_pictures() -> None:
     images = judge.to_batch(judge.scene_batch("judge", range(4))[0])
     softened = judge.soften(images)
-    assert softened.shape == images.shape and (softened - images).abs().mean() < 0.3
+    assert softened.shape == images.shape and 0 < (softened - images).abs().mean() < 0.3
 
 
 def test_training_goes_on_and_writes_weights_that_load(tmp_path: Path) -> None:
     judge.train(tmp_path, minutes=0.005, batch=4)
-    steps = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    average = judge.train(tmp_path, minutes=0.015, batch=4)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > steps > 0
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    # However long the first took, the second has half a second more.
+    average = judge.train(tmp_path, minutes=(state["used"] + 0.5) / 60, batch=4)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > state["step"] > 0
     judge.ship(average, tmp_path / "shipped.safetensors")
     assert len(judge.Judge.load(tmp_path / "shipped.safetensors").verdicts(np.zeros((3, 64, 64, 3), np.uint8))) == 3
 
@@ -199,16 +146,6 @@ def test_a_folder_that_is_no_model_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         figures.measure(figures.Settings(str(tmp_path), count=1), ["caption"], tmp_path / "out", processes=1)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_edit_costs_three_rows_in_its_windows_and_two_beyond(miniature_folder: Path) -> None:
-    torch.set_num_threads(1)
-    timed = cost.timed(Editor.from_pretrained(miniature_folder), steps=5, repeats=1)
-    assert {name: rows for name, (_, rows) in timed.items()} == {"generation": 2, "inversion": 1, "edit": 2.2}
-    assert all(seconds > 0 for seconds, _ in timed.values())
-    assert cost.resident_peak() > 10 * 2**20
-    text = cost.table([cost.Cost("generation", 1.0, 2, 2**20), cost.Cost("edit", 1.5, 3, 2**21)])
-    assert text.splitlines()[2].split() == ["edit", "1.500", "3.00", "2.0", "1.50", "1.00", "2.00"]
 
 
 def test_scenes_of_the_figures_are_not_those_of_training() -> None:

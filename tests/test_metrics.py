@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from benchmarks import metrics
-from benchmarks.statistics import interval, mean, paired
+from benchmarks.statistics import interval, mean, paired, share_interval
 
 SIDE = 16
 PICTURES = arrays(np.uint8, (SIDE, SIDE, 3))
@@ -157,6 +157,8 @@ def test_structure_distance_compares_the_relations_of_tokens() -> None:
         (lambda p, m: metrics.structure_distance(np.eye(2), np.eye(3)), "one shape"),
         (lambda p, m: interval([]), "one or more"),
         (lambda p, m: interval([1.0, math.nan]), "finite"),
+        (lambda p, m: share_interval([]), "one or more values of 0 or 1"),
+        (lambda p, m: share_interval([0.5]), "one or more values of 0 or 1"),
     ],
 )
 def test_measures_refuse_what_does_not_fit(call, message: str) -> None:
@@ -176,6 +178,24 @@ def test_means_count_what_has_no_value_and_differences_are_of_pairs() -> None:
     assert 0.9 < difference.low < 1 < difference.high < 1.1 and (difference.count, difference.total) == (49, 51)
     assert mean(list(ours.values())).low < mean(list(theirs.values())).high
     assert paired({"a": 1.0}, {"b": 1.0}) is None
+
+
+def test_intervals_of_shares_have_a_width_where_all_cases_are_alike() -> None:
+    # Of 106 cases none: by Wilson's formula z^2 / (n + z^2) at most.
+    assert share_interval([0.0] * 106) == pytest.approx((0, 1.96**2 / (106 + 1.96**2)), abs=1e-4)
+    one = mean([1.0, *[0.0] * 105, None], share=True)
+    assert (one.low, one.value, one.high) == pytest.approx((0.0017, 1 / 106, 0.0516), abs=1e-4) and one.count == 106
+    # A difference of shares is no share.
+    ours, theirs = ({str(k): value for k in range(20)} for value in (1.0, 0.0))
+    assert paired(ours, theirs).low == 1
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=30))
+@settings(deadline=None, max_examples=25)
+def test_bootstrap_intervals_lie_within_the_values_and_repeat(values: list[float]) -> None:
+    low, high = interval(values)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert (low, high) == interval(values)
 
 
 def test_intervals_hold_the_true_mean_about_as_often_as_they_say() -> None:

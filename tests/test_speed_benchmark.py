@@ -14,9 +14,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from benchmarks import explicit, sd15, speed, speed_cases, speed_report
-from benchmarks.cost import in_fresh_process
 from benchmarks.explicit import published_loop
-from benchmarks.memory import allocated_on_cpu
+from benchmarks.memory import allocated_on_cpu, in_fresh_process
 from inversion import Move
 from p2p_subject import Blend, Editor, EditSpec, replace
 from tests.conftest import golden

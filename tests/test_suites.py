@@ -18,14 +18,17 @@ from safetensors.torch import save_file, save_model
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from benchmarks import dreambench, dreamedit, features, metrics, pie_bench, run, world_suite
+from benchmarks.methods import METHODS
 from benchmarks.pie_bench import PieBench, bordered, decoded, square_around
 from benchmarks.run_folder import read_rows
 from benchmarks.suite import Case, Edited, Options, SuiteError, occurrences
 from benchmarks.suites import SUITES, open_suite, suite_class
 from benchmarks.world_suite import WorldSuite
-from p2p_subject.errors import ModelError
+from p2p_subject import BlipDiffusionPipeline, Editor
+from p2p_subject.errors import ModelError, PromptTooLongError
 from p2p_subject.training import world
 from p2p_subject.training.tokenizers import save_clip_tokenizer
+from tests.tiny_pipelines import stable_diffusion_1
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +173,8 @@ def test_what_the_world_adds_for_edits_changes_one_thing_each() -> None:
         (Options(count=0), "1 or more"),
         (Options(split="train"), "validation"),
         (Options(seed=-1), "0 or more"),
+        (Options(clip="x"), "clip='x' means nothing to the suite 'world'; leave it out"),
+        (Options(data=Path("x")), "data='x' means nothing"),
     ],
 )
 def test_the_world_refuses_what_it_has_not(options: Options, message: str) -> None:
@@ -183,6 +188,10 @@ def test_cases_and_suites_that_do_not_exist_are_refused_by_name() -> None:
     with pytest.raises(SuiteError, match="Did you mean 'world'"):
         suite_class("wrld")
     assert list(SUITES) == ["world", "pie", "dreambench", "dreamedit"]
+    with pytest.raises(SuiteError, match="lpips='alex' means nothing to the suite 'dreambench'"):
+        open_suite("dreambench", Options(lpips="alex"))
+    with pytest.raises(SuiteError, match="split='validation' means nothing to the suite 'pie'"):
+        open_suite("pie", Options(split="validation"))
     for name in ("pie", "dreambench", "dreamedit"):
         with pytest.raises(SuiteError, match="not shipped.*from https"):
             open_suite(name, Options())
@@ -421,6 +430,11 @@ def test_pie_bench_is_read_in_its_public_format(pie: Path) -> None:
     for words, expected in (("cat dog grass", ("cat",)), ("cat", ())):
         suite.entries["other"] = entry | {"blended_word": words}
         assert suite.case("other").source_words == expected
+    # What goes has a word in the source's prompt alone.
+    named = {("3", "cat nothing"): True, ("3", "cat dog"): False, ("3", ""): False, ("1", "cat nothing"): False}
+    for (kind, words), goes in named.items():
+        suite.entries["other"] = entry | {"blended_word": words, "editing_type_id": kind}
+        assert suite.case("other").removes is goes
 
 
 def test_pie_bench_measures_as_published_and_by_area(pie: Path, networks: dict[str, str]) -> None:
@@ -438,6 +452,9 @@ def test_pie_bench_measures_as_published_and_by_area(pie: Path, networks: dict[s
 
     ssim = StructuralSimilarityIndexMeasure(data_range=1.0)(*torch_pair).item()
     assert values["published_ssim"] == pytest.approx(ssim, abs=1e-5) and values["ssim"] < ssim < 1
+    pasted = suite.measure(case, Edited(case.source, unpasted=lambda: Image.fromarray(edited)), False)
+    assert pasted["psnr"] == metrics.CEILING and pasted["unpasted_psnr"] == values["psnr"] == values["unpasted_psnr"]
+    assert pasted["ssim"] == 1 and pasted["unpasted_ssim"] == values["ssim"]
     clip, text = suite.networks.clip, suite.networks.clip.text(case.target_prompt)
     black, box = Image.fromarray(edited * bordered(case.mask)[..., None]), Image.fromarray(edited[160:320, 80:240])
     for name, shown in (("clip_whole", Image.fromarray(edited)), ("published_clip_edited", black), ("clip_edited", box)):
@@ -467,9 +484,10 @@ def test_pie_bench_gives_the_perceptual_distance_of_the_background(pie: Path) ->
     case = suite.case("111000000000")
     source = np.asarray(case.source)
     moved = np.where(case.mask[..., None], 255 - source, np.where(source < 128, source + 100, source - 100)).astype(np.uint8)
-    values = suite._lpips_values(moved, source, case.mask)
+    edge = bordered(case.mask)
+    values = suite.measure(case, Edited(Image.fromarray(moved)), False)
     assert values["lpips"] == pytest.approx(100)
-    assert values["published_lpips"] == pytest.approx(100 * (~case.mask).mean())
+    assert values["published_lpips"] == pytest.approx(100 * (~edge).mean())
 
 
 def test_networks_in_folders_are_recorded_by_their_weights(networks: dict[str, str], tmp_path: Path) -> None:
@@ -587,6 +605,48 @@ def test_dreamedit_is_read_and_measured_as_published(dreambooth: Path, networks:
         assert mixed[f"{name}_background"] == pytest.approx(whole)
         unsqueezed = metrics.cosine(network.image(edited), network.image(case.source))
         assert abs(whole - unsqueezed) > 1e-5
+
+
+def test_subjects_are_generated_as_we_do_and_as_published(
+    dreambooth: Path, networks: dict[str, str], miniature_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, call = [], BlipDiffusionPipeline.__call__
+
+    def told(self, *given, **options):
+        asked.append((given, options["num_inference_steps"], options["prompt_reps"]))
+        return call(self, *given, **options | {"num_inference_steps": 2})
+
+    monkeypatch.setattr(BlipDiffusionPipeline, "__call__", told)
+    case = dreambench.DreamBench(Options(data=dreambooth)).case("bear_plushie-01-2")
+    editor = Editor.from_pretrained(miniature_folder)
+    method, live = METHODS["blip-diffusion"], dreambench.DreamBench(Options(data=dreambooth)).case("dog2-01-0")
+    # The miniature's words are short; the call is what counts.
+    with pytest.raises(PromptTooLongError):
+        method(editor, case)
+    ((words, pictures, category, target), steps, repeats) = asked[0]
+    assert (words, category, target, steps, repeats) == ("", "stuffed animal", "cube shaped stuffed animal", 100, 1)
+    assert pictures == [list(case.references)]
+    assert np.array_equal(method(editor, live).image, method(editor, live).image)
+    assert asked[-1][0][0::2] == ("wearing a red hat", "dog") and asked[-1][0][3] == "dog"
+    # What edits is not asked to generate.
+    options = ["--suite", "dreambench", "--data", str(dreambooth), "--clip", networks["clip"], "--dino", networks["dino"]]
+    options += ["--count", "1", "--cases", "live", "--methods", "ours,generate-only,blip-diffusion", "--steps", "2"]
+    assert run.main([*options, "--model", str(miniature_folder), "--out", str(tmp_path / "out")]) == 0
+    rows = read_rows(tmp_path / "out")
+    assert [row["method"] for row in rows] == ["generate-only", "blip-diffusion"] and not any("error" in row for row in rows)
+
+
+def test_photos_need_a_model_for_photos(pie: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run.main(["--suite", "pie", "--data", str(pie), "--out", str(tmp_path / "out")]) == 1
+    assert "which the miniature cannot draw; pass --model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_method_that_is_asked_for_nothing_asks_nothing_of_the_model(pie: Path, tmp_path: Path) -> None:
+    stable_diffusion_1().save_pretrained(tmp_path / "sd")
+    options = ["--suite", "pie", "--data", str(pie), "--clip", "none", "--dino", "none", "--lpips", "none", "--count", "1"]
+    options += ["--cases", "change-object", "--methods", "lavis,generate-only", "--steps", "2", "--model", str(tmp_path / "sd")]
+    assert run.main([*options, "--out", str(tmp_path / "out")]) == 0
+    assert [row["method"] for row in read_rows(tmp_path / "out")] == ["generate-only"]
 
 
 def test_the_subject_suites_say_what_is_missing_and_where_it_comes_from(dreambooth: Path, tmp_path: Path) -> None:
