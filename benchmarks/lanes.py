@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from queue import SimpleQueue
 
@@ -16,29 +16,51 @@ Task = tuple[str, str, str]
 """Method, kind and id of a case."""
 
 
+MOST_DEATHS = 3
+"""Cases in a row that may end a lane's process: more are no failures of the method."""
+
+
 class Lane:
     """A process with the model on a device, begun when first used. Not for two threads at once."""
 
     def __init__(self, settings: Settings, device: str, fingerprint: str) -> None:
         self.settings, self.device, self.fingerprint = settings, device, fingerprint
         self.pool: ProcessPoolExecutor | None = None
+        self.deaths = 0
 
     def row(self, task: Task) -> Row:
-        """The row of a case, in the process. Raises `RunError` where no process can be begun."""
-        if self.pool is None:
-            self.pool = self._begun()
+        """The row of a case, in the process. Raises `RunError` where none can be begun, and where one dies time after time."""
+        running = self._submitted(task)
         try:
-            return self.pool.submit(work, *task).result()
-        except BrokenProcessPool:
+            row = running.result()
+        except BrokenProcessPool as error:
             # Of a pool of one process this case alone was being run.
             self.close()
+            self.deaths += 1
+            if self.deaths == MOST_DEATHS:
+                raise RunError(
+                    f"processes on {self.device} died in {MOST_DEATHS} cases in a row (out of memory? try fewer --processes); "
+                    "what is done is kept, the same command goes on, with --retry over the cases that died"
+                ) from error
             return row_of_death(self.settings, self.device, self.fingerprint, *task)
+        self.deaths = 0
+        return row
 
     def close(self) -> None:
         """End the process, after what it is doing."""
         if self.pool is not None:
             self.pool.shutdown()
         self.pool = None
+
+    def _submitted(self, task: Task) -> Future[Row]:
+        if self.pool is not None:
+            try:
+                return self.pool.submit(work, *task)
+            except BrokenProcessPool:
+                # It died between two cases, which is no fault of this one.
+                self.close()
+        self.pool = self._begun()
+        return self.pool.submit(work, *task)
 
     def _begun(self) -> ProcessPoolExecutor:
         spawning = multiprocessing.get_context("spawn")

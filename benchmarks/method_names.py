@@ -16,6 +16,7 @@ from PIL import Image
 from benchmarks.methods import METHODS, PIE_BENCH, BlipDiffusion, Generation, Method, MethodFunction, Paste
 from benchmarks.suite import Case
 from p2p_subject import checks, inverting
+from p2p_subject.blip_diffusion.presets import PAPER
 from p2p_subject.edits import Blend, EditSpec
 from p2p_subject.errors import ArgumentError, P2PSubjectError, did_you_mean
 
@@ -45,7 +46,8 @@ def method_of(name: str, *, steps: int | None = None, guidance_scale: float | No
     """Look a method up: a name of `METHODS`, one with changed settings in brackets, or "module:function".
 
     In brackets stand fields of `Method`, `EditSpec` or `Blend` with JSON values: "ours[cross_replace=0.4,threshold=0.5]".
-    `steps` and `guidance_scale`, where given, hold for all but users' functions. Raises `ArgumentError`.
+    `steps` and `guidance_scale`, where given, hold for all but users' functions, `paste` and `blip-diffusion`, whose are its
+    own. Raises `ArgumentError`.
     """
     base, _, changes = name.partition("[")
     if ":" in base:
@@ -79,6 +81,9 @@ def _require_settings(method: Method | Generation, name: str) -> None:
         for flag in FLAGS:
             if not isinstance(value := getattr(method, flag), bool):
                 raise ArgumentError(f"method {name!r}: {flag}={value!r}; expected true or false")
+        share = method.self_share
+        if share is not None and not (checks.is_number(share, 0, 1) and share > 0):
+            raise ArgumentError(f"method {name!r}: self_share={share!r}; expected a share above 0 up to 1, or null")
         if not checks.is_number(method.skip, 0, 1) or method.skip == 1:
             raise ArgumentError(f"method {name!r}: skip={method.skip!r}; expected a fraction from 0 to below 1")
         try:
@@ -123,6 +128,8 @@ def _changed(method: Method | Generation, key: str, value: Any, name: str) -> Me
         return replace(method, **{key: value})
     if key in of_blend:
         return replace(method, blend={**method.blend, key: value})
+    if key == "self_resolution":
+        method = replace(method, self_share=None)
     narrower = {part: {**getattr(method, part), key: value} for part in ("by_words", "pie") if getattr(method, part)}
     return replace(method, edit={**method.edit, key: value}, **narrower)
 
@@ -170,7 +177,9 @@ def described(method: MethodFunction) -> dict[str, Any]:
     """
     if isinstance(method, Method):
         return json.loads(json.dumps(asdict(method) | {"edits": _edits(method)}, default=list))
-    if isinstance(method, Generation | BlipDiffusion | Paste):
+    if isinstance(method, BlipDiffusion):
+        return asdict(method) | {"call": PAPER}
+    if isinstance(method, Generation | Paste):
         return json.loads(json.dumps(asdict(method), default=list))
     try:
         digest = hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]

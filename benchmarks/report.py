@@ -26,7 +26,7 @@ from p2p_subject.outputs import atomic_write, save_image
 SHOWN = 12
 """Cases of a kind whose pictures are on the page."""
 STAR = (
-    "* was given the true mask (mask_input); † put original pixels back outside its own. n is the number of cases (of subjects "
+    "* was given the true mask (mask_input); † puts original pixels back after decoding. n is the number of cases (of subjects "
     "in DreamBench and DreamEdit) with a value. A failed case counts as 0 in shares, cosines and IoUs, and has no value in the "
     "rest; the last column says how many failed. Intervals of shares of cases are Wilson's, others by bootstrap, each for "
     "itself: of twenty differences that are none, one is called ahead or behind."

@@ -70,7 +70,7 @@ def page(
 def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> dict[str, Any]:
     """One case as the page shows it: what was asked, and what each method returned."""
     rows = section.of_case(case)
-    first = next(iter(rows.values()))
+    first = telling(rows)
     asked = [{"caption": caption, "picture": inlined(folder / path)} for caption, path in asked_of(first)]
     return {
         "id": case,
@@ -78,6 +78,11 @@ def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> 
         "asked": asked,
         "edits": [edit_view(folder, suite, name, row) for name, row in rows.items()],
     }
+
+
+def telling(rows: Mapping[str, Row]) -> Row:
+    """A row of a case that says what was asked: one whose process died does not."""
+    return next((row for row in rows.values() if "prompt" in row), next(iter(rows.values())))
 
 
 def asked_of(row: Row) -> list[tuple[str, str]]:
@@ -96,7 +101,7 @@ def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows
     panels = []
     for case in cases:
         own = section.of_case(case)
-        asked, made = asked_of(next(iter(own.values()))), []
+        asked, made = asked_of(telling(own)), []
         for name, row in own.items():
             values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
             if "edited" in row["pictures"]:

@@ -164,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test", help="of the world: test, or validation to choose settings on")
     parser.add_argument("--data", type=Path, help="folder of the suite's data, where it is not drawn")
     parser.add_argument("--model", help="model folder or hub name (default: the miniature)")
-    parser.add_argument("--steps", type=int, help="sampling steps of every method (default: each one's own, 50)")
-    parser.add_argument("--guidance", type=float, help="guidance scale of every method (default: the model's own)")
+    parser.add_argument("--steps", type=int, help="sampling steps of all but blip-diffusion (default: each one's own, 50)")
+    parser.add_argument("--guidance", type=float, help="guidance scale of the same (default: the model's own)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model")
     for name, expected in (("clip", "name, folder"), ("dino", "name, folder"), ("lpips", "squeeze, alex, vgg, folder")):
         parser.add_argument(f"--{name}", help=f"network of the metrics: {expected}, or 'none' (default: the published one)")

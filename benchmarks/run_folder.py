@@ -79,15 +79,13 @@ class RunFolder:
             os.fsync(file.fileno())
         self.rows[key] = row
 
-    def forget_failures(self, keys: Iterable[tuple[str, str]]) -> int:
-        """Take out the rows of these methods and cases that failed, so that they are run again; returns how many there were."""
+    def forget_failures(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Take out the rows of these methods and cases that failed, so that they are run again."""
         wanted = set(keys)
         kept = {key: row for key, row in self.rows.items() if "error" not in row or key not in wanted}
-        dropped = len(self.rows) - len(kept)
-        if dropped:
+        if len(kept) < len(self.rows):
             atomic_write(self.path / ROWS, b"".join(map(_line, kept.values())))
             self.rows = kept
-        return dropped
 
     def save_case(self, case: Case) -> dict[str, str]:
         """Write the pictures of a case that are not there yet; their paths within the folder, by name."""

@@ -23,16 +23,17 @@ from benchmarks.environment import machine
 from benchmarks.features import versions
 from benchmarks.meter import metered
 from benchmarks.method_names import method_of, takes_mask
-from benchmarks.methods import Method, MethodFunction
+from benchmarks.methods import BlipDiffusion, Method, MethodFunction
 from benchmarks.run_folder import Row, RunFolder
 from benchmarks.suite import Case, Edited, Options, Suite, SuiteError, Values
-from benchmarks.suites import open_suite
+from benchmarks.suites import open_suite, suite_class
+from p2p_subject.blip_diffusion import BlipDiffusionPipeline
 from p2p_subject.editor import Editor
 from p2p_subject.errors import ModelError
 
 MEASURING = (
     *("suite", "world_suite", "pie_bench", "dreambench", "dreamedit", "methods"),
-    *("metrics", "judge", "features", "meter", "memory"),
+    *("metrics", "judge", "features", "meter", "memory", "worker"),
 )
 """Modules of the benchmarks that values depend on."""
 
@@ -114,7 +115,7 @@ class Worker:
                 row["pictures"] |= self.folder.save_edited(name, case, edited)
                 found = self.suite.measure(case, edited, row["mask_input"]) | cost | dict(edited.cost)
                 values = {name: finite(value, name) for name, value in found.items()}
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-4)}
         row["metrics"] = {measure.name: values.get(measure.name) for measure in self.suite.measures}
         return row | {"warnings": sorted({str(warning.message) for warning in told})}
@@ -131,7 +132,7 @@ def begun(settings: Settings, device: str, fingerprint: str, name: str, kind: st
 def row_of_death(settings: Settings, device: str, fingerprint: str, name: str, kind: str, id: str) -> Row:
     """The row of a case that ended its process: a failure like others, without a traceback."""
     why = "ProcessDied: the case ended its process (out of memory?), which left no traceback"
-    metrics = dict.fromkeys(measure.name for measure in open_suite(settings.suite, settings.options).measures)
+    metrics = dict.fromkeys(measure.name for measure in suite_class(settings.suite).measures)
     row = begun(settings, device, fingerprint, name, kind, id)
     return row | {"error": why, "traceback": "", "metrics": metrics, "warnings": []}
 
@@ -158,12 +159,12 @@ def require_fitting(edited: Any, case: Case, name: str) -> None:
         size = getattr(picture, "size", None)
         if getattr(picture, "mode", None) != mode or (case.size is not None and size != case.size):
             given = f"{type(picture).__name__} of mode {getattr(picture, 'mode', None)!r} and size {size}"
-            raise SuiteError(f"method {name!r} returned as {what} a {given}; expected mode {mode!r}, size {case.size}")
+            raise SuiteError(f"{what} of method {name!r}: {given}; expected mode {mode!r}, size {case.size}")
     if not isinstance(edited.trajectory, str | None):
-        raise SuiteError(f"method {name!r} returned as trajectory a {type(edited.trajectory).__name__}; expected a string")
+        raise SuiteError(f"trajectory of method {name!r}: {type(edited.trajectory).__name__}; expected a string")
     wrong = {key: value for key, value in edited.cost.items() if not isinstance(value, Real | None)}
     if wrong:
-        raise SuiteError(f"method {name!r} returned the cost {wrong}; expected numbers")
+        raise SuiteError(f"cost of method {name!r}: {wrong}; expected numbers")
 
 
 def require_possible(editor: Editor, suite: Suite, methods: Mapping[str, MethodFunction]) -> None:
@@ -172,6 +173,9 @@ def require_possible(editor: Editor, suite: Suite, methods: Mapping[str, MethodF
     if editor.model.queries == 0 and (suite.needs_subjects or wanting):
         who = f"suite {suite.name!r}" if suite.needs_subjects else f"method {', '.join(wanting)}"
         raise ModelError(f"{editor.model.name} takes no pictures of a subject, which {who} needs; load BLIP-Diffusion")
+    published = any(isinstance(method, BlipDiffusion) for method in methods.values())
+    if published and not isinstance(editor.model.pipeline, BlipDiffusionPipeline):
+        raise ModelError(f"{editor.model.name} is not BLIP-Diffusion, whose own generation a method is; leave that out")
 
 
 _WORKER: Worker | None = None

@@ -170,6 +170,9 @@ class EditSpec:
             raise SubjectError(f"subject={self.subject!r}; expected Subject(picture, category)")
         if self.blend is not None and not isinstance(self.blend, Blend):
             raise EditSpecError(f"blend={self.blend!r}; expected Blend(...), or None for an edit of all of the picture")
+        if isinstance(self.blend, Blend) and self.blend.grow == 0 and self.erase is False:
+            # One thing has one form, or a blend that says no more than the default would count as one that does.
+            object.__setattr__(self, "blend", dataclasses.replace(self.blend, grow=None))
         if self.self_resolution is not None:
             side = checks.whole(self.self_resolution, "self_resolution", 1, "1 or more latent pixels, or None")
             object.__setattr__(self, "self_resolution", side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,16 @@ def golden(path: str) -> Path:
             f"golden values {path!r} are not here: {folder or 'no folder of golden values'} lacks them"
         )
     return folder / path
+
+
+@pytest.fixture
+def own_threads() -> Iterator[None]:
+    """Benchmarks set the number of threads of their process; give it back."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

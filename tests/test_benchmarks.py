@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,7 @@ from p2p_subject.errors import ModelError
 from p2p_subject.training import world
 from p2p_subject.training.world import Look
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The benchmarks set the number of threads of their processes; give it back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_threads")
 
 
 def test_a_case_with_an_error_counts_as_failed() -> None:

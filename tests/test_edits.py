@@ -30,7 +30,7 @@ blends = st.builds(
     rule=st.sampled_from(["peak", "share"]),
     threshold=st.none() | fractions,
     start=fractions,
-    grow=st.integers(0, 3),
+    grow=st.none() | st.integers(0, 3),
     feather=st.none() | st.floats(0, 9),
     maps=st.sampled_from(["recorded", "running"]),
     mask=st.none(),
@@ -58,6 +58,13 @@ erasing = st.builds(lambda spec, blend: replace(spec, erase=True, blend=blend), 
 @settings(deadline=None)
 def test_specs_survive_json(spec: EditSpec) -> None:
     assert EditSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_mask_that_is_grown_by_nothing_is_the_default() -> None:
+    assert EditSpec(prompt="a dog", blend=Blend(grow=0)) == EditSpec(prompt="a dog")
+    both = combine(EditSpec(prompt="a dog", blend=Blend(grow=0)), reweight({"dog": 2.0}, blend=Blend(source_words=["dog"])))
+    assert both.blend == Blend(source_words=["dog"])
+    assert remove("cat", "grass", blend=Blend(grow=0)).blend.grow == 0
 
 
 def test_a_removal_names_its_region_follows_nothing_and_takes_a_blend_of_yours() -> None:

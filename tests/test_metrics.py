@@ -94,6 +94,8 @@ def test_measures_of_masks_are_symmetric_in_range_and_one_for_equals(a: np.ndarr
     for measure in (metrics.iou, metrics.boundary_f):
         assert 0 <= measure(a, b) <= 1 and measure(a, b) == pytest.approx(measure(b, a))
         assert measure(a, a) == 1
+    if a.any():
+        assert metrics.iou(a, a & b) == pytest.approx(np.count_nonzero(a & b) / np.count_nonzero(a))
 
 
 def test_outlines_are_compared_within_a_tolerance() -> None:

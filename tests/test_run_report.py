@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +26,7 @@ from benchmarks.suite import Case, Options, SuiteError
 from benchmarks.worker import Settings, finite
 from benchmarks.world_suite import WorldSuite
 from p2p_subject import Editor, EditResult, EditSpec, Source
+from p2p_subject.blip_diffusion import PAPER
 from p2p_subject.controller import steps_of
 from p2p_subject.errors import ArgumentError, ModelError
 from tests.tiny_pipelines import stable_diffusion_1
@@ -62,6 +63,12 @@ def traced(editor, case):
 def wrong(editor, case):
     return Edited(case.source.resize((32, 32))) if case.id.endswith("1") else case.source
 
+def deadly(editor, case):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def leaving(editor, case):
+    raise SystemExit(3)
+
 def killed(editor, case):
     if case.id.endswith("2") and not Path(__file__).with_name("lives").exists():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -69,12 +76,7 @@ def killed(editor, case):
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A worker sets the number of threads of its process; give it back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_threads")
 
 
 @pytest.fixture
@@ -133,6 +135,7 @@ def test_the_published_sides_of_self_attention_are_shares_of_the_latents(miniatu
 
     monkeypatch.setattr(Editor, "edit", told)
     # Of latents of 64 they are 32 and 16; the miniature's are of 16.
+    assert method_of("lavis[self_resolution=6]").self_share is None
     for name, side in (("direct+p2p", 8), ("negative-prompt+p2p", 8), ("lavis", 4), ("edit-friendly+p2p", 4), ("ours", None)):
         method_of(f"{name}[steps=5]")(editor, WorldSuite(Options()).case("swap-0000"))
         assert seen.pop() == side and METHODS[name].self_share == {8: 32 / 64, 4: 16 / 64, None: None}[side]
@@ -190,7 +193,7 @@ def test_methods_are_named_with_settings() -> None:
     assert (guided.steps, guided.guidance_scale, guided.options["guidance_scale"]) == (4, 2.0, 2.0)
     assert method_of("generate-only[steps=3]").steps == 3
     assert described(changed)["blend"]["threshold"] == 0.4
-    assert json.dumps(described(method_of("null-text+p2p")))
+    assert json.dumps(described(method_of("null-text+p2p"))) and described(METHODS["blip-diffusion"])["call"] == PAPER
     assert method_of("ours[paste=false,guidance_scale=null,skip=0.2]").paste is False
 
 
@@ -216,6 +219,8 @@ def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: 
         ("ours+mask[threshold=0.3]", "no setting 'threshold'"),
         ("generate-only[paste=true]", "expected one of guidance_scale, steps"),
         ("direct+p2p[weight=3]", "no setting 'weight'"),
+        ("lavis[self_share=x]", "self_share='x'; expected a share above 0"),
+        ("lavis[self_share=0]", "self_share=0; expected a share above 0"),
         ("ours[steps]", "expected settings such as"),
         ("ours[steps=3", "expected settings such as"),
         ("paste[steps=3]", "has no settings"),
@@ -347,7 +352,8 @@ def test_users_functions_run_and_failures_are_rows_that_count(miniature_folder: 
     assert "line" in by["picky", "swap-0001"]["traceback"]
     assert set(by["picky", "swap-0001"]["metrics"].values()) == {None}
     assert "returned Image; expected" in by["wrong", "swap-0000"]["error"]
-    assert "size (32, 32); expected mode 'RGB', size (64, 64)" in by["wrong", "swap-0001"]["error"].replace("a Image", "Image")
+    wrong = "picture of method 'my_methods:wrong': Image of mode 'RGB' and size (32, 32); expected mode 'RGB', size (64, 64)"
+    assert wrong in by["wrong", "swap-0001"]["error"]
     found = {s.kind: s for s in sections(rows, WorldSuite, names_of(names), "my_methods:answer")}["swap"]
     line = next(line for line in found.tables[0].lines if line[0] == "my_methods:picky")
     assert line[-1] == "1" and line[1].startswith("0.000 (") and "; 2)" in line[1]
@@ -360,12 +366,13 @@ def test_users_functions_run_and_failures_are_rows_that_count(miniature_folder: 
 
 
 def test_a_method_sees_the_answer_only_if_it_says_so(miniature_folder: Path, mine: Path) -> None:
-    names = "my_methods:bare,my_methods:dear,my_methods:traced"
+    names = "my_methods:bare,my_methods:dear,my_methods:traced,my_methods:leaving"
     rows = run.measure(settings_of(miniature_folder, mine / "out", names, count=1))
     errors = {row["method"].removeprefix("my_methods:"): row.get("error") for row in rows}
     assert errors["bare"] is None and rows[0]["metrics"]["outside_psnr"] == 100
-    assert "returned the cost {'rows': '7'}; expected numbers" in errors["dear"]
-    assert "returned as trajectory a Image; expected a string" in errors["traced"]
+    assert "cost of method 'my_methods:dear': {'rows': '7'}; expected numbers" in errors["dear"]
+    assert "trajectory of method 'my_methods:traced': Image; expected a string" in errors["traced"]
+    assert errors["leaving"] == "SystemExit: 3"
 
 
 def test_a_first_case_that_cannot_be_read_is_a_row(miniature_folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -480,14 +487,40 @@ def test_several_processes_give_the_same_rows_and_pictures(miniature_folder: Pat
 
 
 def test_a_case_that_ends_its_process_is_a_failure_and_the_others_run(miniature_folder: Path, mine: Path) -> None:
-    rows = run.measure(settings_of(miniature_folder, mine / "out", "paste,my_methods:killed", count=3), processes=2)
-    died = [row for row in rows if row["method"] == "my_methods:killed"]
-    assert [row.get("error", "")[:12] for row in died] == ["", "", "ProcessDied:"]
-    whole, dead = died[1:]
-    assert set(dead) == set(whole) - {"networks", "prompt", "target_prompt"} | {"error", "traceback"}
+    settings = settings_of(miniature_folder, mine / "out", "my_methods:killed,paste", count=7)
+    rows = run.measure(settings, processes=2)
+    died = [row for row in rows if "error" in row]
+    whole, (dead,) = rows[0], died
+    assert (dead["method"], dead["case"], dead["error"][:12]) == ("my_methods:killed", "swap-0002", "ProcessDied:")
+    assert len(rows) == 14 and set(dead) == set(whole) - {"networks", "prompt", "target_prompt"} | {"error", "traceback"}
     assert set(dead["metrics"]) == set(whole["metrics"]) and set(dead["metrics"].values()) == {None}
-    assert not any("error" in row for row in rows if row["method"] == "paste")
+    # Its row does not say what was asked; the others of the case do.
     assert report.main([str(mine / "out")]) == 0
+    text = Page((mine / "out" / "report.html").read_text()).text
+    assert f"“{rows[5]['prompt']}”" in text and rows[5]["case"] == "swap-0002"
+
+
+def test_processes_that_die_time_after_time_end_the_run(miniature_folder: Path, mine: Path) -> None:
+    settings = settings_of(miniature_folder, mine / "out", "my_methods:deadly", count=8)
+    with pytest.raises(RunError, match="died in 3 cases in a row.*--processes.*goes on"):
+        run.measure(settings, processes=2)
+    assert all(row["error"].startswith("ProcessDied") for row in read_rows(mine / "out"))
+
+
+def test_a_process_that_died_between_two_cases_fails_neither(miniature_folder: Path, mine: Path) -> None:
+    class Broken:
+        def submit(self, *task: object) -> None:
+            raise BrokenProcessPool("killed while it waited")
+
+        def shutdown(self) -> None:
+            pass
+
+    lane = lanes.Lane(settings_of(miniature_folder, mine / "out", "my_methods:copied"), "cpu", "")
+    lane.pool = Broken()
+    try:
+        assert "error" not in lane.row(("my_methods:copied", "swap", "swap-0001")) and lane.deaths == 0
+    finally:
+        lane.close()
 
 
 def test_a_process_that_cannot_begin_ends_the_run_with_a_word_on_how_to_go_on(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +29,7 @@ from p2p_subject.training import world
 from p2p_subject.training.tokenizers import save_clip_tokenizer
 from tests.tiny_pipelines import stable_diffusion_1
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A run sets the number of threads of its process; give it back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("own_threads")
 
 
 def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
