@@ -37,19 +37,26 @@ REMOVAL_MARGIN = 1
 class Blend:
     """Where the picture may change: a mask from the words' own cross-attention, applied to the latents at every step.
 
-    `source_words` and `target_words` name the edited words of the two prompts; the mask is the union of both regions, so
-    that a new subject larger than the old one is not clipped to its silhouette. None takes the word that is swapped, and
-    for the target that word and the columns of the inserted subject. The regions of `subtract`, words of either prompt, are
-    taken out. `rule` names a function of `p2p_subject.blend.RULES`: "share" is the word's share among the content words at each
-    pixel, "peak" the published one, the word's map over its maximum. `threshold` (0 to 1, of the rule's maximum; None: the
-    rule's own) and `start`, the fraction of steps that pass before the first blend (LAVIS 0, null-text 0.2). `maps`: "recorded"
-    reads the source's region from the maps of its whole generation and the target's from the less noisy half of the steps;
-    "running" sums the maps of all steps so far, as published.
+    The mask is the union of the regions of the edited words in both prompts, so that a new subject larger than the old one is
+    not clipped to its silhouette.
 
-    `grow` dilates the words' mask by so many latent pixels; None: by one where the edit erases, so that no rim of what is
-    taken out stays, else by none. `mask`, anything `load_mask` takes, stands in place of the words' attention, as it is. The
-    edit fades into the original over `feather` pixels of the picture from its edge on; None: over half a latent pixel's, from
-    as far beyond the edge on.
+    Attributes:
+        source_words: edited words of the source's prompt; None: the word that is swapped.
+        target_words: edited words of the target's prompt; None: the word that comes, with the columns of an inserted subject.
+        subtract: words of either prompt whose regions are taken out.
+        rule: name of a function of `p2p_subject.blend.RULES`: "share", the word's share among the content words at each pixel,
+            or "peak", the published one, the word's map over its maximum.
+        threshold: 0 to 1, of the rule's maximum; None: the rule's own.
+        start: fraction of steps that pass before the first blend (LAVIS 0, null-text 0.2).
+        grow: latent pixels by which the words' mask is dilated; None: one where the edit erases, so that no rim of what goes
+            stays, else none.
+        feather: pixels of the picture over which the edit fades into the original from the mask's edge on; None: over half a
+            latent pixel's, from as far beyond the edge on.
+        maps: "recorded" reads the source's region from the maps of its whole generation and the target's from the less noisy
+            half of the steps; "running" sums the maps of all steps so far, as published.
+        mask: anything `load_mask` takes; stands in place of the words' attention, as it is.
+
+    Raises `EditSpecError` and `MaskError`.
     """
 
     source_words: tuple[Word, ...] | None = None
@@ -110,31 +117,34 @@ def _gray(mask: Any) -> Image.Image:
 class EditSpec:
     """One edit of a source.
 
-    `prompt` describes the edited picture; None derives it from the source's by putting the subject's category in the place
-    of the swapped word, and keeps it where only `weights` are given. `swap` names that word and `subject` what replaces it.
+    Windows are shares of the steps, from the noise: a fraction, or (start, stop).
 
-    `alignment` says which words of the source a word of the target follows: "words" aligns any two prompts word by word,
-    "replace" needs as many words in both and "refine" keeps new tokens free, as the two published controllers do. `padding`:
-    "shifted" aligns the padding behind the prompts by its place after the end token, "reference" by its column, as published.
-
-    `cross_replace` (0.8) and `self_replace` (0.4) are the windows in which cross- and self-attention follow the source: a
-    fraction, (start, stop), and for `cross_replace` also {word of the target: window}, in which None stands for all the other
-    words (0.8 if it is left out). `self_resolution` is the largest side of self-attention that follows, in latent pixels (None:
-    half the latent's larger side, 32 at 512x512; LAVIS 16). `weights` scales the attention of words of the target prompt within
-    their window; negative ones push away from the word. `blend` says where the picture may change; None lets all of it change.
-
-    `room` is the fraction of the steps, from the noise, in which all of the square around what `swap` names may change, before
-    the mask alone may. After that, what comes in its place can widen the mask only within the square, unless the blend names
-    its words. So it is not held to the old outline, nor outgrows the place. 0 is as published: no square. The fraction is of
-    all steps, those that `skip` or `Blend.start` leave out included. A mask of yours, and an edit of all of the picture, take
-    no room.
-
-    `erase` hides what the source's words of the mask (or a mask of yours) cover from the target's self-attention in the U-Net,
-    in every step and layer: the region is continued from what is around it, where a model would else complete the object that
-    it sees there (the attention of Attentive Eraser, Sun et al. 2025, without its guidance). The source's recorded maps say
-    where it is, whatever `Blend.maps`. In a layer so coarse that the region touches every pixel, only pixels wholly inside it
-    are hidden. A subject that the source was generated with goes with its word; a control picture that shows the object still
-    asks for it.
+    Attributes:
+        prompt: describes the edited picture; None puts the subject's category in the place of the swapped word of the source's
+            prompt, and keeps that where only `weights` are given.
+        swap: the word of the source's prompt that gives way.
+        subject: what comes in its place.
+        alignment: which words of the source a word of the target follows: "words" aligns any two prompts word by word,
+            "replace" needs as many words in both, "refine" keeps new tokens free, as the two published controllers do.
+        padding: "shifted" aligns the padding behind the prompts by its place after the end token, "reference" by its column,
+            as published.
+        cross_replace: window in which cross-attention follows the source; also {word of the target: window}, in which None
+            stands for all the other words (0.8 if it is left out).
+        self_replace: window in which self-attention follows the source.
+        self_resolution: largest side of self-attention that follows, in latent pixels; None: half the latent's larger side, 32
+            at 512x512 (LAVIS: 16).
+        weights: factors of the attention of words of the target's prompt within their window; negative ones push away.
+        blend: where the picture may change; None lets all of it change.
+        room: share of the steps, from the noise, in which all of the square around what `swap` names may change, before the
+            mask alone may. After that, what comes in its place can widen the mask only within the square, unless the blend
+            names its words. So it is not held to the old outline, nor outgrows the place. 0 is as published: no square. Steps
+            that `skip` or `Blend.start` leave out count. A mask of yours, and an edit of all of the picture, take no room.
+        erase: hide what the source's words of the mask (or a mask of yours) cover from the target's self-attention in the
+            U-Net, in every step and layer: the region is continued from what is around it, where a model would else complete
+            the object that it sees there (the attention of Attentive Eraser, Sun et al. 2025, without its guidance). The
+            source's recorded maps say where it is, whatever `Blend.maps`. In a layer so coarse that the region touches every
+            pixel, only pixels wholly inside it are hidden. A subject that the source was generated with goes with its word; a
+            control picture that shows the object still asks for it.
 
     Raises `EditSpecError` and `SubjectError` for anything that is not an edit.
     """
