@@ -103,6 +103,7 @@ COSTS = (
     Measure("rows", "U-Net rows", False, about="of inversion and edit; a guided prediction has two"),
     Measure("nfe", "U-Net calls", False, about="whatever the rows of each"),
     Measure("backward_rows", "gradient rows", False, about="rows of the U-Net that a gradient came back through"),
+    Measure("work", "work in rows", False, about="U-Net rows, and two more for each that a gradient came back through"),
     Measure("seconds", "time", False, "s", about="of inversion and edit, by the clock"),
     Measure("cpu_seconds", "CPU time", False, "s", about="of the process"),
     Measure("peak", "peak memory", False, "MiB", 2**-20, about="over what was held before the case"),
@@ -116,7 +117,7 @@ class Axes:
 
     fidelity: str
     preservation: str
-    cost: str = "seconds"
+    cost: str = "work"
 
 
 @dataclass(frozen=True)

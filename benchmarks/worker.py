@@ -113,12 +113,18 @@ class Worker:
                 require_fitting(edited, case, name)
                 row |= {"trajectory": edited.trajectory, "pasted": edited.unpasted is not None}
                 row["pictures"] |= self.folder.save_edited(name, case, edited)
-                found = self.suite.measure(case, edited, row["mask_input"]) | cost | dict(edited.cost)
+                found = self.suite.measure(case, edited, row["mask_input"]) | with_work(cost | dict(edited.cost))
                 values = {name: finite(value, name) for name, value in found.items()}
             except (Exception, SystemExit) as error:
                 row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc(limit=-4)}
         row["metrics"] = {measure.name: values.get(measure.name) for measure in self.suite.measures}
         return row | {"warnings": sorted({str(warning.message) for warning in told})}
+
+
+def with_work(cost: Mapping[str, Any]) -> dict[str, Any]:
+    """A cost with its `work`, unless a method gave its own: the rows, a gradient through one counted as two more."""
+    counted = cost["rows"], cost["backward_rows"]
+    return {"work": None if None in counted else counted[0] + 2 * counted[1], **cost}
 
 
 def begun(settings: Settings, device: str, fingerprint: str, name: str, kind: str, id: str) -> Row:

@@ -65,7 +65,7 @@ class WorldSuite(Suite):
     takes = ("split",)
     kinds = ("swap", "replace", "background", "add", "remove", "recolour")
     axes = Axes("success", "outside_psnr")
-    headline = ("success", "mask_iou", "outside_psnr", "unpasted_psnr", "exact_outside_mask", "rows", "cpu_seconds")
+    headline = ("success", "mask_iou", "outside_psnr", "unpasted_psnr", "exact_outside_mask", "work")
     measures = (
         Measure("success", "edit achieved", failed=0.0, share=True, about="by the judge; `judged` in world_suite.py"),
         Measure("category", "right category", failed=0.0, share=True),

@@ -294,6 +294,7 @@ def test_every_method_runs_and_its_rows_say_what_made_them(everything: Path) -> 
         assert (everything / row["pictures"]["edited"]).is_file() and (everything / row["pictures"]["truth"]).is_file()
         assert (row["trajectory"] is None) == (name == "paste") and (values["nfe"] == 0) == (name == "paste")
         assert values["backward_rows"] > 0 or name != "null-text+p2p"
+        assert values["work"] == values["rows"] + 2 * values["backward_rows"]
     swaps = {name: row["metrics"] for (name, kind), row in rows.items() if kind == "swap"}
     # The published windows follow the source for longer than ours; LAVIS generates it again, and DDIM with guidance.
     assert swaps["ours"]["rows"] < swaps["direct+p2p"]["rows"] < swaps["lavis"]["rows"] < swaps["ddim+p2p"]["rows"]
@@ -347,7 +348,7 @@ def test_users_functions_run_and_failures_are_rows_that_count(miniature_folder: 
     rows = run.measure(settings_of(miniature_folder, mine / "out", names))
     by = {(row["method"].removeprefix("my_methods:"), row["case"]): row for row in rows}
     assert by["answer", "swap-0000"]["mask_input"] and by["answer", "swap-0000"]["metrics"]["mask_iou"] == 1
-    assert by["answer", "swap-0000"]["metrics"]["rows"] == 7
+    assert by["answer", "swap-0000"]["metrics"]["rows"] == by["answer", "swap-0000"]["metrics"]["work"] == 7
     assert "error" not in by["picky", "swap-0000"] and by["picky", "swap-0001"]["error"] == "RuntimeError: not this one"
     assert "line" in by["picky", "swap-0001"]["traceback"]
     assert set(by["picky", "swap-0001"]["metrics"].values()) == {None}
@@ -570,7 +571,7 @@ def made_run(folder: Path) -> Path:
                 Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(path)
                 pictures[what] = f"pictures/{path.name}"
             values = dict.fromkeys((m.name for m in WorldSuite.measures), None) | {"success": success, "outside_psnr": psnr}
-            values |= {"mask_iou": 0.5 if name == "good" else None, "rows": 10.0}
+            values |= {"mask_iou": 0.5 if name == "good" else None, "rows": 10.0, "work": 10.0}
             row = {"suite": "world", "kind": "swap", "case": f"swap-{number:04d}", "method": name, "mask_input": name == "bad"}
             row |= {"device": "cpu", "machine": "here", "threads": 1, "code": "c", "versions": {"torch": "2"}}
             row |= {"metrics": values} | prompts
@@ -614,7 +615,7 @@ def test_tables_hold_mean_interval_n_and_paired_differences(tmp_path: Path) -> N
     (line,) = differences.lines
     told = dict(zip(differences.columns, line))
     assert told["PSNR outside, dB ↑"] == "+10.00 (10.00 to 10.00; 5 of 6) +"
-    assert told["edit achieved ↑"].endswith("+") and told["U-Net rows ↓"].endswith("=") and told["mask IoU ↑"] == "- (0 of 6)"
+    assert told["edit achieved ↑"].endswith("+") and told["work in rows ↓"].endswith("=") and told["mask IoU ↑"] == "- (0 of 6)"
     assert {c for t in (means, rest) for c in t.columns} > {"right look ↑", "peak memory, MiB ↓"}
     assert section.cases == 6
 
