@@ -148,14 +148,15 @@ def heading(measure: Measure) -> str:
 
 
 def cell(found: Mean | None, measure: Measure, total: int, signed: bool = False) -> str:
-    """A mean with its interval and n, in the measure's scale; n as "of" where some cases have no value."""
+    """A mean with its interval, if it has a width, and n, in the measure's scale; n as "of" where some cases have no value."""
     if found is None:
         return f"- (0 of {total})"
     value, low, high = (measure.scale * x for x in (found.value, found.low, found.high))
     count = str(found.count) if found.count == found.total else f"{found.count} of {found.total}"
     digits = _digits(max(abs(value), abs(low), abs(high)))
     sign = "+" if signed else ""
-    return f"{value:{sign}.{digits}f} ({low:.{digits}f} to {high:.{digits}f}; {count})"
+    width = "" if low == high else f"{low:.{digits}f} to {high:.{digits}f}; "
+    return f"{value:{sign}.{digits}f} ({width}{count})"
 
 
 def _digits(size: float) -> int:
