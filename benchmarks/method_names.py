@@ -195,7 +195,8 @@ def _edits(method: Method) -> dict[str, dict[str, Any]]:
     case = Case("", "", "", 0, "a cat", "a dog", **words)
     asked = {"subject": replace(case, references=(picture,), category="dog")}
     if not method.subjects:
-        asked |= {"words": case, "removal": replace(case, removes=True, target_words=())}
+        asked |= {"words": case, "swap by word": replace(case, swaps=True)}
+        asked["removal"] = replace(case, removes=True, target_words=())
         asked |= {"pie": replace(case, suite=PIE_BENCH)} if method.pie else {}
     found = {}
     for kind, one in asked.items():

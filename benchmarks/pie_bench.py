@@ -39,7 +39,7 @@ KINDS = {
     "9": "change-style",
 }
 """Editing types by `editing_type_id`."""
-REMOVAL = "delete-object"
+REMOVAL, SWAP = "delete-object", "change-object"
 ENTRIES, SIDE = 700, 512
 """Pictures of the whole data set, and pixels a side of each."""
 FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_type_id", "blended_word", "mask")
@@ -170,10 +170,11 @@ class PieBench(Suite):
         # One word of each prompt, the first two as published; an entry without names none, and all of its picture may change.
         pair = entry["blended_word"].split(" ")[:2]
         words = [occurrences(prompt, word) for prompt, word in zip(prompts, pair)] if len(pair) == 2 else [(), ()]
+        kind = KINDS[entry["editing_type_id"]]
         return Case(
             id=id,
             suite=self.name,
-            kind=KINDS[entry["editing_type_id"]],
+            kind=kind,
             seed=self.options.seed,
             prompt=prompts[0],
             target_prompt=prompts[1],
@@ -182,7 +183,8 @@ class PieBench(Suite):
             target_words=words[1],
             mask=decoded(entry["mask"], (SIDE, SIDE)),
             # The entries of this type name what goes; one that names a word of the target as well puts something there.
-            removes=KINDS[entry["editing_type_id"]] == REMOVAL and bool(words[0]) and not words[1],
+            removes=kind == REMOVAL and bool(words[0]) and not words[1],
+            swaps=kind == SWAP and len(words[0]) == len(words[1]) == 1 and words[0] != words[1],
         )
 
     def prepare(self) -> None:

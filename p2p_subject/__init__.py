@@ -33,6 +33,7 @@ _HOMES = {
     "replace": "edits",
     "reweight": "edits",
     "swap_subject": "edits",
+    "swap_word": "edits",
 }
 
 __all__ = sorted(_HOMES)

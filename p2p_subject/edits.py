@@ -24,13 +24,15 @@ from p2p_subject.images import mask_values
 from p2p_subject.subject import AnySubject, Subject, to_base64
 
 __all__ = ["Blend", "EditSpec", "Subject", "Window", "Word"]
-__all__ += ["combine", "refine", "remove", "replace", "reweight", "swap_subject"]
+__all__ += ["combine", "refine", "remove", "replace", "reweight", "swap_subject", "swap_word"]
 
 ALIGNMENTS = ("words", "replace", "refine")
 PADDINGS = ("shifted", "reference")
 MAPS = ("recorded", "running")
 REMOVAL_MARGIN = 1
 """Latent pixels by which the mask of a removal is wider than the words' region."""
+SWAPS = {"cross_replace": 0.2, "self_replace": 0.2, "room": 0.5}
+"""How what comes in the place of a word takes a form of its own; chosen in benchmarks/RESULTS.md."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class EditSpec:
         room: share of the steps, from the noise, in which all of the square around what `swap` names may change, before the
             mask alone may. After that, what comes in its place can widen the mask only within the square, unless the blend
             names its words. So it is not held to the old outline, nor outgrows the place. 0 is as published: no square. Steps
-            that `skip` or `Blend.start` leave out count. A mask of yours, and an edit of all of the picture, take no room.
+            that `skip` or `Blend.start` leave out count. A mask of yours, an edit of all of the picture, and a word whose
+            square would be all of it, such as a background's, take no room.
         erase: hide what the source's words of the mask (or a mask of yours) cover from the target's self-attention in the
             U-Net, in every step and layer: the region is continued from what is around it, where a model would else complete
             the object that it sees there (the attention of Attentive Eraser, Sun et al. 2025, without its guidance). The
@@ -326,13 +329,22 @@ def swap_subject(word: Word, subject: AnySubject, **changes: Any) -> EditSpec:
     """The edit that puts `subject` where `word` of the source prompt is; `changes` are other fields of `EditSpec`.
 
     The subject takes a form of its own: attention follows the source for 0.2 of the steps (`cross_replace`, `self_replace`),
-    where the published subject swap follows it for 0.8 and 0.4, and `room` is 0.5 (chosen in benchmarks/RESULTS.md). With
-    fewer than 5 steps, or `skip` of 0.2 or more, the windows hold none; weights, which act within, need a wider one.
+    where the published subject swap follows it for 0.8 and 0.4, and `room` is 0.5. With fewer than 5 steps, or `skip` of 0.2
+    or more, the windows hold none; weights, which act within, need a wider one.
     """
     if not isinstance(subject, AnySubject):
         raise SubjectError(f"subject={subject!r}; expected Subject(picture, category)")
-    own = {"cross_replace": 0.2, "self_replace": 0.2, "room": 0.5}
-    return EditSpec(**{"swap": word, "subject": subject, **own, **changes})
+    return EditSpec(**{"swap": word, "subject": subject, **SWAPS, **changes})
+
+
+def swap_word(word: Word, prompt: str, **changes: Any) -> EditSpec:
+    """The edit that puts another object, by its name in `prompt`, where `word` of the source prompt is; `changes` are other
+    fields of `EditSpec`.
+
+    The object takes a form of its own, as in `swap_subject`; `replace`, the published edit, holds it closer to the old one's
+    and keeps more of the rest. Raises `EditSpecError`.
+    """
+    return EditSpec(**{"prompt": prompt, "swap": word, **SWAPS, **changes})
 
 
 def combine(*specs: EditSpec) -> EditSpec:

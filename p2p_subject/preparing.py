@@ -162,7 +162,9 @@ def _attended(source: Source, target: Target, size: tuple[int, int], device: tor
 def _square(
     source: Source, spec: EditSpec, swapped: Words, size: tuple[int, int], device: torch.device
 ) -> Tensor | None:
-    """The square (h, w), on `device`, around what the source shows of the swapped word; None where it shows nothing of it."""
+    """The square (h, w), on `device`, around what the source shows of the swapped word; None where it shows nothing of it, and
+    where the square would be all of the picture, as a background's: then room would keep nothing."""
     rule, threshold = rule_and_threshold(spec.blend.rule, spec.blend.threshold)
     shown = binary_mask([region(source.attention, swapped.columns, swapped.others, rule, size)], threshold)
-    return squares_around(shown).to(device) if shown.any() else None
+    around = squares_around(shown)
+    return around.to(device) if around.any() and not around.all() else None

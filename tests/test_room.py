@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2p_subject import Blend, EditSpec, edits
+from p2p_subject import Blend, EditSpec, edits, swap_word
 from p2p_subject.blend import RULES, binary_mask, competitors, region, squares_around
 from p2p_subject.preparing import layout_of
 from tests.editing import STEPS, picture, same, swap_subject
@@ -78,6 +78,14 @@ def test_words_of_the_target_that_are_named_may_be_outside_the_square(editor, so
     outside = ~enlarged(square_around(editor, source, 0.9), 64, 64)
     assert (np.asarray(plain.mask)[outside] > 0).any()
     assert (np.asarray(editor.edit(source, spec).mask)[outside] > 0).any()
+
+
+def test_a_word_whose_square_is_all_of_the_picture_takes_no_room(editor, source) -> None:
+    spec = swap_word("cat", "a bus on grass", blend=Blend(threshold=0.05))
+    assert square_around(editor, source, 0.05).all() and not square_around(editor, source, 0.9).all()
+    assert same(editor.edit(source, spec), editor.edit(source, replace(spec, room=0.0)))
+    narrow = replace(spec, blend=Blend(threshold=0.9))
+    assert not same(editor.edit(source, narrow), editor.edit(source, replace(narrow, room=0.0)))
 
 
 def test_room_is_each_edits_own_and_recorded_sources_give_it(editor, source, dog) -> None:
