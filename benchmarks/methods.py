@@ -27,7 +27,7 @@ from inversion import Trajectory, reconstruct
 from inversion.trajectory import TENSORS
 from p2p_subject.blip_diffusion.presets import PAPER
 from p2p_subject.editor import Editor
-from p2p_subject.edits import Blend, EditSpec, Subject, remove, swap_subject, swap_word
+from p2p_subject.edits import Blend, EditSpec, Subject, add, remove, swap_subject, swap_word
 from p2p_subject.images import fit
 from p2p_subject.outputs import restore
 from p2p_subject.preparing import context_of
@@ -99,6 +99,9 @@ class Method:
             # Windows are these edits' own, unless they are set for all edits; a removal has none for weights to act in.
             if case.swaps:
                 return swap_word(case.source_words[0], case.target_prompt, **dict(self.edit), blend=given["blend"])
+            if case.adds:
+                asked = {name: value for name, value in self.edit.items() if name != "room"}
+                return add(list(case.target_words), case.target_prompt, **asked, blend=given["blend"])
             if case.removes:
                 asked = {name: value for name, value in self.edit.items() if name not in ("room", "weights")}
                 return remove(list(case.source_words), case.target_prompt, **asked, blend=given["blend"])

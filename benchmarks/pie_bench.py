@@ -39,7 +39,7 @@ KINDS = {
     "9": "change-style",
 }
 """Editing types by `editing_type_id`."""
-REMOVAL, SWAP = "delete-object", "change-object"
+ADDITION, REMOVAL, SWAP = "add-object", "delete-object", "change-object"
 ENTRIES, SIDE = 700, 512
 """Pictures of the whole data set, and pixels a side of each."""
 FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_type_id", "blended_word", "mask")
@@ -182,7 +182,8 @@ class PieBench(Suite):
             source_words=words[0],
             target_words=words[1],
             mask=decoded(entry["mask"], (SIDE, SIDE)),
-            # The entries of this type name what goes; one that names a word of the target as well puts something there.
+            # Where a word of the one prompt is named alone; with one of the other as well, something gives way to something.
+            adds=kind == ADDITION and bool(words[1]) and not words[0],
             removes=kind == REMOVAL and bool(words[0]) and not words[1],
             swaps=kind == SWAP and len(words[0]) == len(words[1]) == 1 and words[0] != words[1],
         )

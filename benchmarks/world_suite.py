@@ -190,7 +190,7 @@ def _remove(spec: world.SceneSpec, rng: np.random.Generator, index: int, split: 
 def _add(spec: world.SceneSpec, rng: np.random.Generator, index: int, split: str) -> Case:
     after = world.draw(spec)
     caption, source = world.empty_caption(spec.background), Image.fromarray(world.draw_empty(spec))
-    return _scene_case("add", after, after, after.mask, prompt=caption, source_words=(), source=source, placed=False)
+    return _scene_case("add", after, after, after.mask, prompt=caption, source_words=(), adds=True, source=source, placed=False)
 
 
 def _recolour(spec: world.SceneSpec, rng: np.random.Generator, index: int, split: str) -> Case:

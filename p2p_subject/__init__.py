@@ -34,6 +34,7 @@ _HOMES = {
     "reweight": "edits",
     "swap_subject": "edits",
     "swap_word": "edits",
+    "add": "edits",
 }
 
 __all__ = sorted(_HOMES)

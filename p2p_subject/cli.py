@@ -43,9 +43,11 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, about: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False)
 
-    edit = command("edit", "put a subject in the place of a word of a picture, take one out, or edit by prompt alone")
+    edit = command("edit", "put a subject in the place of a word of a picture, add or take out a word, or edit by prompt alone")
     _source_arguments(edit)
     edit.add_argument("--swap", type=_word, metavar="WORD", help="word of the prompt to replace; WORD#1 for its second place")
+    about = "put what WORD of the target prompt says into the picture; needs --target-prompt, such as 'a cat on grass'"
+    edit.add_argument("--add", type=_word, metavar="WORD", help=about)
     about = "take out what WORD of the prompt shows; needs --target-prompt, what is left, such as 'grass'"
     edit.add_argument("--remove", type=_word, metavar="WORD", help=about)
     _subject_arguments(edit)

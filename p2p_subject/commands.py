@@ -18,7 +18,7 @@ from PIL import Image
 
 from p2p_subject import __version__
 from p2p_subject.control_images import KINDS
-from p2p_subject.edits import Blend, EditSpec, Subject, Word, remove, swap_subject, swap_word
+from p2p_subject.edits import Blend, EditSpec, Subject, Word, add, remove, swap_subject, swap_word
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
@@ -43,7 +43,7 @@ def edit(arguments: Namespace) -> Report:
     targets = output_files(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
     spec = _spec(arguments)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
-        raise OutputError("--mask-out: without --swap, --remove or --mask all of the picture may change, and there is no mask")
+        raise OutputError("--mask-out: without a word to swap, add or remove and without --mask there is no mask")
     opened, prompt = _open(arguments)
     if arguments.mask is not None:
         load_mask(arguments.mask, getattr(opened, "image", opened).size)
@@ -261,18 +261,28 @@ def control_of(arguments: Namespace, opened: Image.Image | Source | None = None)
     return control
 
 
+ALONE = {
+    "add": (add, "the picture with it, such as 'a cat on grass'"),
+    "remove": (remove, "what is left, such as 'grass'"),
+}
+"""Edits that put nothing in the place of a word, by option: their builders, and what their prompt says."""
+
+
 def _spec(arguments: Namespace) -> EditSpec:
     """The edit that the arguments ask for."""
     word, blend = arguments.swap, _blend(arguments)
     changes = given(arguments, "cross_replace", "self_replace", "room")
-    changes |= {"prompt": arguments.target_prompt, "blend": blend, "weights": dict(arguments.weight or [])}
-    if arguments.remove is not None:
-        others = [f"--{name}" for name in ("swap", "subject", "category", "room") if getattr(arguments, name) is not None]
-        if others:
-            raise EditSpecError(f"--remove puts nothing in the place of what it takes out; leave {' and '.join(others)} out")
-        if arguments.target_prompt is None:
-            raise PromptError("--remove needs --target-prompt, a text that describes what is left, such as 'grass'")
-        return remove(arguments.remove, **changes)
+    changes |= {"prompt": arguments.target_prompt, "blend": blend}
+    if arguments.weight:
+        changes["weights"] = dict(arguments.weight)
+    for name, (builder, described) in ALONE.items():
+        if getattr(arguments, name) is not None:
+            others = [f"--{n}" for n in given(arguments, *ALONE, "swap", "subject", "category", "room") if n != name]
+            if others:
+                raise EditSpecError(f"--{name} puts nothing in the place of a word; leave {' and '.join(others)} out")
+            if arguments.target_prompt is None:
+                raise PromptError(f"--{name} needs --target-prompt, a text that describes {described}")
+            return builder(getattr(arguments, name), **changes)
     subject = subject_of(arguments)
     if subject is not None:
         return swap_subject(word, subject, **changes)
@@ -283,10 +293,10 @@ def _blend(arguments: Namespace) -> Blend | None:
     """How attention makes the mask; None where no word is named whose attention could."""
     options = given(arguments, "rule", "threshold")
     shaping = given(arguments, "rule", "threshold", "room")
-    unnamed = arguments.swap is None and arguments.remove is None
+    unnamed = all(getattr(arguments, name) is None for name in ("swap", *ALONE))
     if shaping and (unnamed or arguments.mask is not None):
         names = " and ".join(f"--{name}" for name in shaping)
-        raise EditSpecError(f"{names} shape the mask that --swap or --remove makes; give one and no --mask, or leave them out")
+        raise EditSpecError(f"{names} shape the mask of a word to swap, add or remove; give one and no --mask, or leave out")
     if unnamed:
         return None
     return Blend(**options)

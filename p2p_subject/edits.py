@@ -24,7 +24,7 @@ from p2p_subject.images import mask_values
 from p2p_subject.subject import AnySubject, Subject, to_base64
 
 __all__ = ["Blend", "EditSpec", "Subject", "Window", "Word"]
-__all__ += ["combine", "refine", "remove", "replace", "reweight", "swap_subject", "swap_word"]
+__all__ += ["add", "combine", "refine", "remove", "replace", "reweight", "swap_subject", "swap_word"]
 
 ALIGNMENTS = ("words", "replace", "refine")
 PADDINGS = ("shifted", "reference")
@@ -33,6 +33,8 @@ REMOVAL_MARGIN = 1
 """Latent pixels by which the mask of a removal is wider than the words' region."""
 SWAPS = {"cross_replace": 0.2, "self_replace": 0.2, "room": 0.5}
 """How what comes in the place of a word takes a form of its own; chosen in benchmarks/RESULTS.md."""
+ADDED_WEIGHT = 2.0
+"""Of the attention of words that are added, as Ju et al. 2024 weight the edited word; without it often nothing comes."""
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,24 @@ def refine(prompt: str, **changes: Any) -> EditSpec:
 def reweight(weights: Mapping[Word, float], **changes: Any) -> EditSpec:
     """Attention Re-weighting: words of the prompt count more, less or against; `changes` as in `replace`."""
     return EditSpec(**{"weights": weights, **changes})
+
+
+def add(word: Word | list[Word], prompt: str, *, blend: Blend = Blend(), **changes: Any) -> EditSpec:
+    """The edit that adds what `word` of `prompt` says to the picture; `changes` are other fields of `EditSpec`.
+
+    `prompt` describes the picture with it: "a cat on grass" for a source of "grass". A list adds several. Their attention
+    counts twice in the steps of `cross_replace`, or as `weights` say; it makes the mask, so that the rest stays. `blend` may
+    name other words, or hold a mask of yours, which also says where. How often it succeeds: benchmarks/RESULTS.md. Raises
+    `EditSpecError`.
+    """
+    words = checks.words(word if isinstance(word, list) else [word], "word")
+    if not words:
+        raise EditSpecError("add([], ...): nothing to put in; name a word of the target's prompt")
+    if isinstance(blend, Blend) and blend.target_words is None:
+        source_words = () if blend.source_words is None else blend.source_words
+        blend = dataclasses.replace(blend, source_words=source_words, target_words=words)
+    own = {"weights": dict.fromkeys(words, ADDED_WEIGHT)}
+    return EditSpec(**{"prompt": prompt, "blend": blend, **own, **changes})
 
 
 def remove(word: Word | list[Word], prompt: str, *, blend: Blend = Blend(), **changes: Any) -> EditSpec:

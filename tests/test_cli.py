@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from p2p_subject import cli, commands, demo, generation_commands, inverting, progress
-from p2p_subject.edits import Blend, EditSpec, Subject, remove, swap_subject, swap_word
+from p2p_subject.edits import Blend, EditSpec, Subject, add, remove, swap_subject, swap_word
 from p2p_subject.training import world
 
 
@@ -138,6 +138,10 @@ class TestEdit:
         assert seen["spec"] == remove("cat", "grass", blend=Blend(rule="peak")) and "mask.png" in shell.written()
         shell.report(*EDIT, "--remove", "cat", "--target-prompt", "grass", "--mask", "{mask}")
         assert seen["spec"] == remove("cat", "grass") and seen["mask"] is not None
+        shell.report(*EDIT, "--add", "dog", "--target-prompt", "a cat and a dog on grass", "--mask-out", "{tmp}/mask.png")
+        assert seen["spec"] == add("dog", "a cat and a dog on grass")
+        shell.report(*EDIT, "--add", "dog", "--target-prompt", "a cat and a dog", "--weight", "dog=3", "--mask", "{mask}")
+        assert seen["spec"] == add("dog", "a cat and a dog", weights={"dog": 3.0}) and seen["mask"] is not None
         shell.report(*EDIT, "--swap", "cat", "--target-prompt", "a bus on grass")
         assert seen["spec"] == swap_word("cat", "a bus on grass") != EditSpec(prompt="a bus on grass", swap="cat")
 
@@ -325,6 +329,9 @@ MISTAKES = {
     "removal and swap": ("EditSpecError", "leave --swap and --subject and --category out", (*SWAP, "--remove", "cat")),
     "removal and category": ("EditSpecError", "leave --category out", (*EDIT, "--remove", "cat", "--category", "dog")),
     "removal and room": ("EditSpecError", "leave --room out", (*EDIT, "--remove", "cat", "--room", "0.5")),
+    "removal and addition": ("EditSpecError", "leave --remove out", (*EDIT, "--remove", "cat", "--add", "dog")),
+    "addition of what": ("PromptError", "the picture with it", (*EDIT, "--add", "dog")),
+    "addition to no prompt": ("WordNotFoundError", "'dog'", (*EDIT, "--add", "dog", "--target-prompt", "a cat on grass")),
     "removal of what to leave what": ("PromptError", "what is left", (*EDIT, "--remove", "cat")),
     "mask of nothing": ("OutputError", "there is no mask", (*EDIT, "--target-prompt", "a dog", "--mask-out", "{tmp}/m.png")),
     "colours as mask": ("MaskError", "expected grey", (*SWAP, "--mask", "{scene}")),
@@ -334,7 +341,7 @@ MISTAKES = {
     "window": ("EditSpecError", "start <= stop", (*SWAP, "--cross-replace", "0.5,0.2")),
     "room": ("UsageError", "'2'; expected a share", (*SWAP, "--room", "2")),
     "room without a word": ("EditSpecError", "give one and no --mask", (*EDIT, "--target-prompt", "a bus", "--room", "0.5")),
-    "room and a mask": ("EditSpecError", "--room shape the mask that --swap", (*SWAP, "--mask", "{dog0}", "--room", "0.5")),
+    "room and a mask": ("EditSpecError", "--room shape the mask of a word", (*SWAP, "--mask", "{dog0}", "--room", "0.5")),
     "share": ("UsageError", "'1.5'; expected a share", (*SWAP, "--cross-replace", "1.5")),
     "scale": ("UsageError", "expected a number of 0 or more", (*SWAP, "--guidance-scale", "nan")),
     "seed": ("UsageError", "'-1'; expected a whole number", (*SWAP, "--seed", "-1")),

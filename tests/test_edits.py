@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from p2p_subject import Blend, EditSpec, Subject, combine, edits, refine, remove, reweight, swap_subject, swap_word
+from p2p_subject import Blend, EditSpec, Subject, add, combine, edits, refine, remove, reweight, swap_subject, swap_word
 from p2p_subject.errors import AmbiguousWordError, EditSpecError, ImageError, MaskError, SubjectError, WordNotFoundError
 from p2p_subject.prompts import changes_nothing, describe, target_prompt
 from p2p_subject.tokens import layout
@@ -66,6 +66,22 @@ def test_a_word_is_swapped_as_a_subject_is() -> None:
     for name in ("cross_replace", "self_replace", "room"):
         assert getattr(spec, name) == getattr(subject, name)
     assert swap_word(("cat", 1), "a bus", room=0.0, cross_replace=0.8).room == 0
+
+
+def test_what_is_added_counts_twice_and_makes_the_mask() -> None:
+    spec = add("hat", "a cat in a hat")
+    assert dict(spec.weights) == {"hat": 2.0} and (spec.blend.source_words, spec.blend.target_words) == ((), ("hat",))
+    assert (spec.prompt, spec.swap, spec.room, spec.erase) == ("a cat in a hat", None, 0, False)
+    blend = Blend(subtract=["cat"], feather=2.0)
+    several = add(["hat", ("cat", 1)], "a cat, a cat and a hat", weights={"hat": 1.0}, blend=blend)
+    assert several.blend == Blend(source_words=(), target_words=("hat", ("cat", 1)), subtract=("cat",), feather=2.0)
+    assert dict(several.weights) == {"hat": 1.0}
+    named = Blend(target_words=["mat"], source_words=["cat"])
+    assert add("hat", "a hat on a mat", blend=named).blend == named
+    with pytest.raises(EditSpecError, match="nothing to put in"):
+        add([], "a hat")
+    with pytest.raises(EditSpecError, match="can have no effect"):
+        add("hat", "a hat", cross_replace=0.0)
 
 
 def test_a_mask_that_is_grown_by_nothing_is_the_default() -> None:

@@ -142,7 +142,7 @@ def test_the_published_sides_of_self_attention_are_shares_of_the_latents(miniatu
 
 
 def test_ours_edits_with_the_editors_defaults() -> None:
-    from p2p_subject import Subject, remove, swap_subject, swap_word
+    from p2p_subject import Subject, add, remove, swap_subject, swap_word
 
     suite = WorldSuite(Options())
     case = suite.case("swap-0000")
@@ -159,6 +159,9 @@ def test_ours_edits_with_the_editors_defaults() -> None:
     assert METHODS["ours"].spec(other, True) == best.spec(other, True) == expected
     assert roomier.spec(other, True) == replace(expected, room=0.25)
     assert METHODS["direct+p2p-2022"].spec(other, True).swap is None
+    empty = suite.case("add-0000")
+    assert METHODS["ours"].spec(empty, True) == add(list(empty.target_words), empty.target_prompt)
+    assert method_of("ours[room=0.5,cross_replace=0.6]").spec(empty, True).cross_replace == (0, 0.6)
     out, removal = suite.case("remove-0000"), METHODS["ours"].spec(suite.case("remove-0000"), True)
     assert removal == best.spec(out, True) == remove(list(out.source_words), out.target_prompt)
     assert out.removes and not METHODS["ours"].spec(replace(out, removes=False), True).erase

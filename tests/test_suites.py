@@ -424,6 +424,8 @@ def test_pie_bench_is_read_in_its_public_format(pie: Path) -> None:
         suite.entries["other"] = entry | {"blended_word": words}
         assert suite.case("other").source_words == expected
     # What goes has a word in the source's prompt alone.
+    suite.entries["other"] = entry | {"blended_word": "nothing dog", "editing_type_id": "2"}
+    assert suite.case("other").adds and not case.adds
     named = {("3", "cat nothing"): True, ("3", "cat dog"): False, ("3", ""): False, ("1", "cat nothing"): False}
     for (kind, words), goes in named.items():
         suite.entries["other"] = entry | {"blended_word": words, "editing_type_id": kind}
