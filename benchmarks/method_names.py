@@ -195,7 +195,7 @@ def _edits(method: Method) -> dict[str, dict[str, Any]]:
     case = Case("", "", "", 0, "a cat", "a dog", **words)
     asked = {"subject": replace(case, references=(picture,), category="dog")}
     if not method.subjects:
-        asked |= {"words": case, "swap by word": replace(case, swaps=True)}
+        asked |= {"words": case}
         asked["addition"] = replace(case, adds=True, source_words=())
         asked["removal"] = replace(case, removes=True, target_words=())
         asked |= {"pie": replace(case, suite=PIE_BENCH)} if method.pie else {}

@@ -27,7 +27,7 @@ from inversion import Trajectory, reconstruct
 from inversion.trajectory import TENSORS
 from p2p_subject.blip_diffusion.presets import PAPER
 from p2p_subject.editor import Editor
-from p2p_subject.edits import Blend, EditSpec, Subject, add, remove, swap_subject, swap_word
+from p2p_subject.edits import Blend, EditSpec, Subject, add, remove, swap_subject
 from p2p_subject.images import fit
 from p2p_subject.outputs import restore
 from p2p_subject.preparing import context_of
@@ -97,8 +97,6 @@ class Method:
         given.pop("room", None)
         if not self.published and given["blend"] is not None:
             # Windows are these edits' own, unless they are set for all edits; a removal has none for weights to act in.
-            if case.swaps:
-                return swap_word(case.source_words[0], case.target_prompt, **dict(self.edit), blend=given["blend"])
             if case.adds:
                 asked = {name: value for name, value in self.edit.items() if name != "room"}
                 return add(list(case.target_words), case.target_prompt, **asked, blend=given["blend"])
@@ -112,9 +110,8 @@ class Method:
             return Blend(mask=case.mask, **dict(self.blend or {}))
         if self.blend is None:
             return None
-        # Of what comes in the place of a word the editor knows the words, a subject's own columns among them.
-        known = with_subject or (case.swaps and not self.published)
-        words = {"source_words": case.source_words, "target_words": None if known else case.target_words}
+        # With a subject, the target's words are its category and its own columns, which the editor knows.
+        words = {"source_words": case.source_words, "target_words": None if with_subject else case.target_words}
         blend = Blend(**words | dict(self.blend))
         return blend if blend.source_words or blend.target_words or with_subject else None
 
@@ -270,8 +267,8 @@ def prompt_to_prompt(paper: str, inversion: str, **changes: Any) -> Method:
 METHODS: dict[str, MethodFunction] = {
     "ours": Method(OURS, paste=True),
     "ours-fast": Method(OURS, paste=True, steps=20),
-    # Attention follows the source for half as long in edits by words that neither swap nor remove an object. Of 64 edits on
-    # validation scenes (16 each of replace, background, add, recolour) 58 were achieved so and 51 at the editor's 0.8, which
+    # Attention follows the source for half as long in edits by words that neither add nor remove. Of 64 edits on validation
+    # scenes (16 each of replace, background, add, recolour) 58 were achieved so and 51 at the editor's 0.8, which
     # keeps more of the background. At 0.2, 60, with worse masks.
     "ours-best": Method(OURS, paste=True, by_words={"cross_replace": 0.4}),
     "ours+mask": Method(OURS, paste=True, mask_input=True),

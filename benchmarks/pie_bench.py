@@ -39,7 +39,7 @@ KINDS = {
     "9": "change-style",
 }
 """Editing types by `editing_type_id`."""
-ADDITION, REMOVAL, SWAP = "add-object", "delete-object", "change-object"
+ADDITION, REMOVAL = "add-object", "delete-object"
 ENTRIES, SIDE = 700, 512
 """Pictures of the whole data set, and pixels a side of each."""
 FIELDS = ("image_path", "original_prompt", "editing_prompt", "editing_type_id", "blended_word", "mask")
@@ -185,7 +185,6 @@ class PieBench(Suite):
             # Where a word of the one prompt is named alone; with one of the other as well, something gives way to something.
             adds=kind == ADDITION and bool(words[1]) and not words[0],
             removes=kind == REMOVAL and bool(words[0]) and not words[1],
-            swaps=kind == SWAP and len(words[0]) == len(words[1]) == 1 and words[0] != words[1],
         )
 
     def prepare(self) -> None:

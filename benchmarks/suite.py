@@ -30,7 +30,7 @@ class Case:
 
     `prompt` describes `source` and `target_prompt` what it should become. `source_words` and `target_words` are the words of
     the two prompts whose region changes. `references` show the subject, of `category`, that a swap or a generation is to show.
-    `swaps`: another object is to come where the source's word is, by its own word; `adds`: what the target's words say is to
+    `adds`: what the target's words say is to
     come where nothing of it was; `removes`: what the source's words show is to go, with nothing in its place. Of the answer,
     which methods see only if they say that they do (`mask_input`): `mask` (H, W) bool, where the edit belongs, and `truth`, the
     edited picture itself. `placed` says whether these are the only right place; where not (an object is added, no one said
@@ -54,7 +54,6 @@ class Case:
     truth: Image.Image | None = None
     placed: bool = True
     removes: bool = False
-    swaps: bool = False
     adds: bool = False
     source_mask: np.ndarray | None = None
     reference_mask: np.ndarray | None = None

@@ -171,7 +171,7 @@ def _replace(spec: world.SceneSpec, rng: np.random.Generator, index: int, split:
     # The word asks for no colour, so the old one is kept.
     after = world.draw(spec.with_look(replace(drawn, hue=spec.look.hue)))
     before = world.draw(spec)
-    return _scene_case("replace", before, after, before.mask | after.mask, swaps=True)
+    return _scene_case("replace", before, after, before.mask | after.mask)
 
 
 def _background(spec: world.SceneSpec, rng: np.random.Generator, index: int, split: str) -> Case:

@@ -33,7 +33,6 @@ _HOMES = {
     "replace": "edits",
     "reweight": "edits",
     "swap_subject": "edits",
-    "swap_word": "edits",
     "add": "edits",
 }
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from p2p_subject import __version__
 from p2p_subject.control_images import KINDS
-from p2p_subject.edits import Blend, EditSpec, Subject, Word, add, remove, swap_subject, swap_word
+from p2p_subject.edits import Blend, EditSpec, Subject, Word, add, remove, swap_subject
 from p2p_subject.errors import ArgumentError, EditSpecError, ModelError, OutputError, PromptError, StepsError, SubjectError
 from p2p_subject.finetuning.stored import base_name, is_finetuned, stored_subject
 from p2p_subject.images import load_image, load_mask
@@ -284,9 +284,7 @@ def _spec(arguments: Namespace) -> EditSpec:
                 raise PromptError(f"--{name} needs --target-prompt, a text that describes {described}")
             return builder(getattr(arguments, name), **changes)
     subject = subject_of(arguments)
-    if subject is not None:
-        return swap_subject(word, subject, **changes)
-    return EditSpec(**changes) if word is None else swap_word(word, **changes)
+    return EditSpec(swap=word, **changes) if subject is None else swap_subject(word, subject, **changes)
 
 
 def _blend(arguments: Namespace) -> Blend | None:

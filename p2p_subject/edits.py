@@ -24,15 +24,13 @@ from p2p_subject.images import mask_values
 from p2p_subject.subject import AnySubject, Subject, to_base64
 
 __all__ = ["Blend", "EditSpec", "Subject", "Window", "Word"]
-__all__ += ["add", "combine", "refine", "remove", "replace", "reweight", "swap_subject", "swap_word"]
+__all__ += ["add", "combine", "refine", "remove", "replace", "reweight", "swap_subject"]
 
 ALIGNMENTS = ("words", "replace", "refine")
 PADDINGS = ("shifted", "reference")
 MAPS = ("recorded", "running")
 REMOVAL_MARGIN = 1
 """Latent pixels by which the mask of a removal is wider than the words' region."""
-SWAPS = {"cross_replace": 0.2, "self_replace": 0.2, "room": 0.5}
-"""How what comes in the place of a word takes a form of its own; chosen in benchmarks/RESULTS.md."""
 ADDED_WEIGHT = 2.0
 """Of the attention of words that are added, as Ju et al. 2024 weight the edited word; without it often nothing comes."""
 
@@ -349,22 +347,13 @@ def swap_subject(word: Word, subject: AnySubject, **changes: Any) -> EditSpec:
     """The edit that puts `subject` where `word` of the source prompt is; `changes` are other fields of `EditSpec`.
 
     The subject takes a form of its own: attention follows the source for 0.2 of the steps (`cross_replace`, `self_replace`),
-    where the published subject swap follows it for 0.8 and 0.4, and `room` is 0.5. With fewer than 5 steps, or `skip` of 0.2
-    or more, the windows hold none; weights, which act within, need a wider one.
+    where the published subject swap follows it for 0.8 and 0.4, and `room` is 0.5 (chosen in benchmarks/RESULTS.md). With
+    fewer than 5 steps, or `skip` of 0.2 or more, the windows hold none; weights, which act within, need a wider one.
     """
     if not isinstance(subject, AnySubject):
         raise SubjectError(f"subject={subject!r}; expected Subject(picture, category)")
-    return EditSpec(**{"swap": word, "subject": subject, **SWAPS, **changes})
-
-
-def swap_word(word: Word, prompt: str, **changes: Any) -> EditSpec:
-    """The edit that puts another object, by its name in `prompt`, where `word` of the source prompt is; `changes` are other
-    fields of `EditSpec`.
-
-    The object takes a form of its own, as in `swap_subject`; `replace`, the published edit, holds it closer to the old one's
-    and keeps more of the rest. Raises `EditSpecError`.
-    """
-    return EditSpec(**{"prompt": prompt, "swap": word, **SWAPS, **changes})
+    own = {"cross_replace": 0.2, "self_replace": 0.2, "room": 0.5}
+    return EditSpec(**{"swap": word, "subject": subject, **own, **changes})
 
 
 def combine(*specs: EditSpec) -> EditSpec:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from p2p_subject import cli, commands, demo, generation_commands, inverting, progress
-from p2p_subject.edits import Blend, EditSpec, Subject, add, remove, swap_subject, swap_word
+from p2p_subject.edits import Blend, EditSpec, Subject, add, remove, swap_subject
 from p2p_subject.training import world
 
 
@@ -130,7 +130,7 @@ class TestEdit:
         assert (seen["spec"].cross_replace, seen["spec"].self_replace, seen["spec"].room) == ((0.2, 0.9), (0.0, 0.1), 0.3)
         assert seen["spec"].blend == Blend(rule="peak", threshold=0.5)
         assert (seen["paste"], seen["guidance_scale"], seen["negative_prompt"]) == (False, 2.0, "a tree")
-        # What is swapped has the settings of swap_subject and swap_word.
+        # A subject is swapped with the settings of swap_subject, an edit by words with those of EditSpec.
         shell.report(*SWAP)
         subject = seen["spec"].subject
         assert seen["spec"] == swap_subject("cat", subject) != EditSpec(swap="cat", subject=subject)
@@ -143,7 +143,7 @@ class TestEdit:
         shell.report(*EDIT, "--add", "dog", "--target-prompt", "a cat and a dog", "--weight", "dog=3", "--mask", "{mask}")
         assert seen["spec"] == add("dog", "a cat and a dog", weights={"dog": 3.0}) and seen["mask"] is not None
         shell.report(*EDIT, "--swap", "cat", "--target-prompt", "a bus on grass")
-        assert seen["spec"] == swap_word("cat", "a bus on grass") != EditSpec(prompt="a bus on grass", swap="cat")
+        assert seen["spec"] == EditSpec(prompt="a bus on grass", swap="cat")
 
     def test_defaults_are_the_librarys_and_help_states_them(self, capsys):
         with pytest.raises(SystemExit):
@@ -155,8 +155,8 @@ class TestEdit:
         assert (swap.cross_replace, swap.self_replace, spec.room, swap.room) == ((0.0, 0.2), (0.0, 0.2), 0.0, 0.5)
         gone = remove("cat", "grass")
         assert gone.cross_replace == gone.self_replace == (0.0, 0.0)
-        windows = ("(0.8; swaps: 0.2)", "(0.4; swaps: 0.2)")
-        for default in (*windows, "(0; swaps: 0.5)", "(default share)", "take out what WORD of the prompt shows"):
+        windows = ("(0.8; subjects: 0.2)", "(0.4; subjects: 0.2)")
+        for default in (*windows, "(0; subjects: 0.5)", "(default share)", "take out what WORD of the prompt shows"):
             assert default in told
 
     @pytest.mark.parametrize("terminal", [False, True])

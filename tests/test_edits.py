@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from p2p_subject import Blend, EditSpec, Subject, add, combine, edits, refine, remove, reweight, swap_subject, swap_word
+from p2p_subject import Blend, EditSpec, Subject, add, combine, edits, refine, remove, reweight, swap_subject
 from p2p_subject.errors import AmbiguousWordError, EditSpecError, ImageError, MaskError, SubjectError, WordNotFoundError
 from p2p_subject.prompts import changes_nothing, describe, target_prompt
 from p2p_subject.tokens import layout
@@ -58,14 +58,6 @@ erasing = st.builds(lambda spec, blend: replace(spec, erase=True, blend=blend), 
 @settings(deadline=None)
 def test_specs_survive_json(spec: EditSpec) -> None:
     assert EditSpec.from_json(spec.to_json()) == spec
-
-
-def test_a_word_is_swapped_as_a_subject_is() -> None:
-    spec, subject = swap_word("cat", "a bus on grass"), swap_subject("cat", Subject(PICTURE, "bus"))
-    assert (spec.swap, spec.prompt, spec.subject, spec.blend) == ("cat", "a bus on grass", None, Blend())
-    for name in ("cross_replace", "self_replace", "room"):
-        assert getattr(spec, name) == getattr(subject, name)
-    assert swap_word(("cat", 1), "a bus", room=0.0, cross_replace=0.8).room == 0
 
 
 def test_what_is_added_counts_twice_and_makes_the_mask() -> None:

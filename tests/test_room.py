@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from p2p_subject import Blend, EditSpec, edits, swap_word
+from p2p_subject import Blend, EditSpec, edits
 from p2p_subject.blend import RULES, binary_mask, competitors, region, squares_around
 from p2p_subject.preparing import layout_of
 from tests.editing import STEPS, picture, same, swap_subject
@@ -81,7 +81,7 @@ def test_words_of_the_target_that_are_named_may_be_outside_the_square(editor, so
 
 
 def test_a_word_whose_square_is_all_of_the_picture_takes_no_room(editor, source) -> None:
-    spec = swap_word("cat", "a bus on grass", blend=Blend(threshold=0.05))
+    spec = EditSpec(prompt="a bus on grass", swap="cat", room=0.5, blend=Blend(threshold=0.05))
     assert square_around(editor, source, 0.05).all() and not square_around(editor, source, 0.9).all()
     assert same(editor.edit(source, spec), editor.edit(source, replace(spec, room=0.0)))
     narrow = replace(spec, blend=Blend(threshold=0.9))

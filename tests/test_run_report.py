@@ -25,7 +25,7 @@ from benchmarks.run_folder import RunError, RunFolder, file_name, read_rows, rea
 from benchmarks.suite import Case, Options, SuiteError
 from benchmarks.worker import Settings, finite
 from benchmarks.world_suite import WorldSuite
-from p2p_subject import Blend, Editor, EditResult, EditSpec, Source
+from p2p_subject import Editor, EditResult, EditSpec, Source
 from p2p_subject.blip_diffusion import PAPER
 from p2p_subject.controller import steps_of
 from p2p_subject.errors import ArgumentError, ModelError
@@ -142,7 +142,7 @@ def test_the_published_sides_of_self_attention_are_shares_of_the_latents(miniatu
 
 
 def test_ours_edits_with_the_editors_defaults() -> None:
-    from p2p_subject import Subject, add, remove, swap_subject, swap_word
+    from p2p_subject import Subject, add, remove, swap_subject
 
     suite = WorldSuite(Options())
     case = suite.case("swap-0000")
@@ -154,11 +154,6 @@ def test_ours_edits_with_the_editors_defaults() -> None:
     best = METHODS["ours-best"]
     assert best.spec(case, True) == spec and best.spec(words, True).cross_replace == (0, 0.4)
     assert method_of("ours-best[cross_replace=0.6]").spec(words, True).cross_replace == (0, 0.6)
-    other = suite.case("replace-0000")
-    expected = swap_word(other.source_words[0], other.target_prompt, blend=Blend(source_words=other.source_words))
-    assert METHODS["ours"].spec(other, True) == best.spec(other, True) == expected
-    assert roomier.spec(other, True) == replace(expected, room=0.25)
-    assert METHODS["direct+p2p-2022"].spec(other, True).swap is None
     empty = suite.case("add-0000")
     assert METHODS["ours"].spec(empty, True) == add(list(empty.target_words), empty.target_prompt)
     assert method_of("ours[room=0.5,cross_replace=0.6]").spec(empty, True).cross_replace == (0, 0.6)
@@ -208,7 +203,6 @@ def test_methods_are_named_with_settings() -> None:
 def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     edits = described(METHODS["ours"])["edits"]
     assert (edits["words"]["cross_replace"], edits["words"]["room"]) == ([0, 0.8], 0)
-    assert edits["swap by word"]["room"] == 0.5 and edits["swap by word"]["blend"]["target_words"] is None
     assert (edits["words"]["blend"]["grow"], edits["removal"]["blend"]["grow"]) == (0, 1)
     assert described(METHODS["direct+p2p"])["edits"]["pie"]["weights"] == [["dog", 2.0]]
     assert (edits["subject"]["cross_replace"], edits["subject"]["room"]) == ([0, 0.2], 0.5)
