@@ -26,6 +26,7 @@ _HOMES = {
     "P2PSubjectError": "errors",
     "Source": "source",
     "Subject": "subject",
+    "add": "edits",
     "combine": "edits",
     "control_image": "control_images",
     "refine": "edits",
@@ -33,7 +34,6 @@ _HOMES = {
     "replace": "edits",
     "reweight": "edits",
     "swap_subject": "edits",
-    "add": "edits",
 }
 
 __all__ = sorted(_HOMES)
