@@ -91,10 +91,13 @@ def feather(mask: np.ndarray, dilate: int, feather: float) -> np.ndarray:
     margin = math.ceil(dilate + feather)
     spans = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
     box = tuple(slice(max(int(span[0]) - margin, 0), int(span[-1]) + margin + 1) for span in spans)
-    beyond = np.maximum(distance_transform_edt(~inside[box]) - dilate, 0)
+    distance = distance_transform_edt(~inside[box])
+    beyond = np.maximum(distance - dilate, 0)
     # A feather of next to nothing divides to infinity, which is 0 of the edit as it should be.
     with np.errstate(over="ignore"):
         alpha[box] = np.clip(1 - beyond / feather, 0, 1) if feather else beyond == 0
+    # The quotient may miss 1 by a rounding.
+    alpha[box][(beyond > 0) & (distance >= dilate + feather)] = 0
     return alpha
 
 

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
@@ -64,6 +64,7 @@ class TestToPil:
 
 class TestFeather:
     @given(hard_masks.filter(np.any), st.integers(0, 6), st.floats(0, 8))
+    @example(np.array([[True, False, False]]), 1, 1.0000000000000002)
     @settings(max_examples=100, deadline=None)
     def test_support(self, mask, dilate, width):
         alpha = feather(mask.astype(np.float32), dilate, width)
