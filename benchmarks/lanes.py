@@ -14,8 +14,6 @@ from benchmarks.worker import Settings, begin, row_of_death, work
 
 Task = tuple[str, str, str]
 """Method, kind and id of a case."""
-
-
 MOST_DEATHS = 3
 """Cases in a row that may end a lane's process: more are no failures of the method."""
 

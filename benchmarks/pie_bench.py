@@ -204,9 +204,9 @@ class PieBench(Suite):
                 "ssim": metrics.ssim(picture, source, background),
             }
             values |= self._lpips_values(picture, source, edge)
-            decoded_picture = picture if edited.unpasted is None else np.asarray(edited.unpasted())
-            values["unpasted_psnr"] = metrics.capped(metrics.psnr(decoded_picture, source, background))
-            values["unpasted_ssim"] = metrics.ssim(decoded_picture, source, background)
+            unpasted = np.asarray(edited.decoded())
+            values["unpasted_psnr"] = metrics.capped(metrics.psnr(unpasted, source, background))
+            values["unpasted_ssim"] = metrics.ssim(unpasted, source, background)
         if edited.mask is not None:
             values["mask_iou"] = metrics.iou(np.asarray(edited.mask) > 127, case.mask)
         return values | self._clip_values(case, edited.image) | self._dino_values(case, edited.image)

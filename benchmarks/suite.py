@@ -30,13 +30,12 @@ class Case:
 
     `prompt` describes `source` and `target_prompt` what it should become. `source_words` and `target_words` are the words of
     the two prompts whose region changes. `references` show the subject, of `category`, that a swap or a generation is to show.
-    `adds`: what the target's words say is to
-    come where nothing of it was; `removes`: what the source's words show is to go, with nothing in its place. Of the answer,
-    which methods see only if they say that they do (`mask_input`): `mask` (H, W) bool, where the edit belongs, and `truth`, the
-    edited picture itself. `placed` says whether these are the only right place; where not (an object is added, no one said
-    where), only a method that was given the mask is measured against them. `source_mask` and `reference_mask` (H, W) bool are
-    the object in the source and the subject in the first reference. `facts` is what the suite itself needs to measure. A case
-    without a source is one of generation.
+    `adds`: what the target's words say is to come where nothing of it was; `removes`: what the source's words show is to go,
+    with nothing in its place. Of the answer, which methods see only if they say that they do (`mask_input`): `mask` (H, W)
+    bool, where the edit belongs, and `truth`, the edited picture itself. `placed` says whether these are the only right place;
+    where not (an object is added, no one said where), only a method that was given the mask is measured against them.
+    `source_mask` and `reference_mask` (H, W) bool are the object in the source and the subject in the first reference. `facts`
+    is what the suite itself needs to measure. A case without a source is one of generation.
     """
 
     id: str
@@ -81,6 +80,10 @@ class Edited:
     reach: float = 0.0
     trajectory: str | None = None
     cost: Mapping[str, float | None] = field(default_factory=dict)
+
+    def decoded(self) -> Image.Image:
+        """The picture before original pixels were put back, where they were."""
+        return self.image if self.unpasted is None else self.unpasted()
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Worker:
     def row(self, name: str, kind: str, id: str) -> Row:
         """Run a method on a case, measure and save what it returns; a failure is a row with its error and no values."""
         method = self.methods[name]
-        row = begun(self.settings, self.device, self.fingerprint, name, kind, id)
+        row = begun(self.settings, self.device, self.fingerprint, takes_mask(method), name, kind, id)
         values: Values = {}
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
@@ -127,9 +127,8 @@ def with_work(cost: Mapping[str, Any]) -> dict[str, Any]:
     return {"work": None if None in counted else counted[0] + 2 * counted[1], **cost}
 
 
-def begun(settings: Settings, device: str, fingerprint: str, name: str, kind: str, id: str) -> Row:
+def begun(settings: Settings, device: str, fingerprint: str, mask_input: bool, name: str, kind: str, id: str) -> Row:
     """What the row of a case says before the case is read."""
-    mask_input = takes_mask(settings.named_methods()[name])
     row: Row = {"suite": settings.suite, "kind": kind, "case": id, "method": name, "mask_input": mask_input, "pasted": False}
     row |= {"seed": None, "device": device, "threads": settings.threads, "model": fingerprint, "trajectory": None}
     return row | {"pictures": {}, "began": round(time.time(), 3)} | environment()
@@ -139,7 +138,7 @@ def row_of_death(settings: Settings, device: str, fingerprint: str, name: str, k
     """The row of a case that ended its process: a failure like others, without a traceback."""
     why = "ProcessDied: the case ended its process (out of memory?), which left no traceback"
     metrics = dict.fromkeys(measure.name for measure in suite_class(settings.suite).measures)
-    row = begun(settings, device, fingerprint, name, kind, id)
+    row = begun(settings, device, fingerprint, takes_mask(settings.named_methods()[name]), name, kind, id)
     return row | {"error": why, "traceback": "", "metrics": metrics, "warnings": []}
 
 

@@ -126,8 +126,7 @@ class WorldSuite(Suite):
         picture = np.asarray(edited.image)
         values = judged(case, picture, self.judge.verdicts([edited.image])[0]) | outside_own_mask(case, edited)
         if case.placed or mask_input:
-            unpasted = picture if edited.unpasted is None else np.asarray(edited.unpasted())
-            values |= regions(case, picture, unpasted) | masks(case, edited)
+            values |= regions(case, picture, np.asarray(edited.decoded())) | masks(case, edited)
         return values
 
     @cached_property
