@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.features import weights_digest
-from benchmarks.judge import Judge, right_category, right_look
+from benchmarks.judge import Judge, marks
 from benchmarks.statistics import interval
 from p2p_subject.blip_diffusion import BlipDiffusionPipeline
 from p2p_subject.errors import ArgumentError, P2PSubjectError
@@ -123,13 +123,9 @@ def judged(
     for first in tqdm(range(0, count, AT_ONCE), desc=group, disable=None):
         part = slice(first, min(first + AT_ONCE, count))
         images += sample_batch(model, prompts[part], subjects[part], range(part.start, part.stop), steps, scale)
-    found = list(zip(judge.verdicts(images), specs, strict=True))
-    category = [right_category(verdict, spec.look) for verdict, spec in found]
-    verdicts = {
-        "category": category,
-        "subject": [right and right_look(verdict, spec.look) for right, (verdict, spec) in zip(category, found)],
-        "text": [verdict.background == spec.background for verdict, spec in found],
-    }
+    each = [marks(verdict, spec.look, spec.background) for verdict, spec in zip(judge.verdicts(images), specs, strict=True)]
+    names = {"category": "category", "subject": "both", "text": "background"}
+    verdicts = {name: [one[mark] for one in each] for name, mark in names.items()}
     drawn = [world.draw(spec).image for spec in specs[:SHOWN]]
     references = [world.reference(look, split, i) for i, look in enumerate(looks[:SHOWN])]
     return verdicts, [references, [np.asarray(image) for image in images[:SHOWN]], drawn]

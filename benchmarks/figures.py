@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.figures_table import results
-from benchmarks.judge import Judge, right_category, right_look, scene_batch
+from benchmarks.judge import Judge, marks, scene_batch
 from benchmarks.metrics import iou, psnr
 from p2p_subject.blend import RULES, binary_mask, competitors, region
 from p2p_subject.editor import Editor
@@ -78,13 +78,9 @@ class Bench:
         self, images: Sequence, looks: Sequence[world.Look], specs: Sequence[world.SceneSpec], prefix: str = ""
     ) -> list[Row]:
         """Right category, look, both at once, and background, as booleans for each picture."""
-        rows = []
-        for verdict, look, spec in zip(self.judge.verdicts(images), looks, specs):
-            category, alike = right_category(verdict, look), right_look(verdict, look)
-            ground = verdict.background == spec.background
-            row = {"category": category, "look": alike, "both": category and alike, "background": ground}
-            rows.append({prefix + name: value for name, value in row.items()})
-        return rows
+        found = zip(self.judge.verdicts(images), looks, specs, strict=True)
+        each = [marks(verdict, look, spec.background) for verdict, look, spec in found]
+        return [{prefix + name: value for name, value in one.items()} for one in each]
 
 
 bench_of = cache(Bench)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.environment import machine
 from benchmarks.finetuning_methods import METHODS, encoded
 from benchmarks.finetuning_report import plot, tables
-from benchmarks.judge import Judge, right_category, right_look, to_batch
+from benchmarks.judge import Judge, marks, to_batch
 from p2p_subject.context import Context
 from p2p_subject.drawing import sample_contexts
 from p2p_subject.finetuning.pictures import Views, encode, read_pictures
@@ -119,13 +119,10 @@ class Bench:
 
     def measured(self, images: Sequence[Image.Image], look: world.Look, grounds: Sequence[str], real: Tensor) -> Row:
         """Shares of right pictures, and `likeness`, the mean cosine of their features to those of held-out views."""
-        verdicts = self.judge.verdicts(images)
-        category, alike = ([check(verdict, look) for verdict in verdicts] for check in (right_category, right_look))
-        background = [verdict.background == ground for verdict, ground in zip(verdicts, grounds)]
-        both = [a and b for a, b in zip(category, alike)]
-        shares = {"fidelity": both, "category": category, "look": alike, "background": background}
-        likeness = float((self.features(images) @ real.T).mean())
-        return {name: float(np.mean(values)) for name, values in shares.items()} | {"likeness": likeness}
+        each = [marks(verdict, look, ground) for verdict, ground in zip(self.judge.verdicts(images), grounds, strict=True)]
+        names = {"fidelity": "both", "category": "category", "look": "look", "background": "background"}
+        shares = {name: float(np.mean([one[mark] for one in each])) for name, mark in names.items()}
+        return shares | {"likeness": float((self.features(images) @ real.T).mean())}
 
 
 bench_of = cache(Bench)

@@ -60,6 +60,12 @@ def right_look(verdict: Verdict, look: Look) -> bool:
     return look.hue is None or world.hue_distance(verdict.hue, look.hue) <= HUE_TOLERANCE
 
 
+def marks(verdict: Verdict, look: Look, background: str) -> dict[str, bool]:
+    """What of a picture is right: category, look, both at once, and background."""
+    category, alike = right_category(verdict, look), right_look(verdict, look)
+    return {"category": category, "look": alike, "both": category and alike, "background": verdict.background == background}
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions around a skip."""
 
@@ -179,11 +185,8 @@ def scene_batch(split: str, indices: Sequence[int]) -> tuple[np.ndarray, list[wo
 
 def accuracy(verdicts: Sequence[Verdict], specs: Sequence[world.SceneSpec]) -> dict[str, float]:
     """Shares in [0, 1] of right categories, looks, both at once, and backgrounds."""
-    category = np.array([right_category(verdict, spec.look) for verdict, spec in zip(verdicts, specs)])
-    look = np.array([right_look(verdict, spec.look) for verdict, spec in zip(verdicts, specs)])
-    ground = np.array([verdict.background == spec.background for verdict, spec in zip(verdicts, specs)])
-    shares = {"category": category, "look": look, "both": category & look, "background": ground}
-    return {name: float(values.mean()) for name, values in shares.items()}
+    each = [marks(verdict, spec.look, spec.background) for verdict, spec in zip(verdicts, specs, strict=True)]
+    return {name: float(np.mean([one[name] for one in each])) for name in each[0]}
 
 
 def train(out: Path, minutes: float, batch: int = 64, rate: float = 3e-3) -> Path:

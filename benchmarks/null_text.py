@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.meter import metered
 from benchmarks.metrics import psnr
 from inversion import Move, Schedule, Trajectory, ddim, ddim_move, guide, null_text_batch, reconstruct
 from p2p_subject.context import Context
@@ -30,24 +30,15 @@ from p2p_subject.models import Model
 from p2p_subject.training import world
 
 
-@dataclass
+@dataclass(frozen=True)
 class Network:
-    """A model's noise for token contexts (B, L, D) that counts its rows; `null` is the context of no prompt."""
+    """A model's noise for token contexts (B, L, D); `null` is the context of no prompt."""
 
     model: Model
     null: Context
-    forward: int = 0
-    backward: int = 0
 
     def __call__(self, latents: Tensor, move: Move, tokens: Tensor) -> Tensor:
-        self.forward += len(latents)
-        predicted = self.model.noise(latents, move, self.null.expand(len(tokens)).with_tokens(tokens))
-        if predicted.requires_grad:
-            predicted.register_hook(self._returned)
-        return predicted
-
-    def _returned(self, gradient: Tensor) -> None:
-        self.backward += len(gradient)
+        return self.model.noise(latents, move, self.null.expand(len(tokens)).with_tokens(tokens))
 
 
 @dataclass(frozen=True)
@@ -151,19 +142,14 @@ def measure(model: Model, pictures: int, steps: int, scale: float, methods: Sequ
     captions = [scene.spec.caption() for scene in scenes]
     latents = model.encode_images([scene.picture for scene in scenes])
     schedule = model.schedule(steps)
-    costs = []
+    costs, network = [], Network(model, model.unconditional())
     for name in methods:
-        network = Network(model, model.unconditional())
-        with nullcontext() if name == "published" else model.frozen():
-            began = time.perf_counter()
+        with nullcontext() if name == "published" else model.frozen(), metered(model.unet, model.device) as cost:
             found = METHODS[name](network, latents, captions, schedule, scale)
-            # Reading a value waits for a GPU.
-            float(found[-1].null_embeddings.sum())
-            seconds = time.perf_counter() - began
         model.unet.zero_grad()
-        rows = network.forward, network.backward
+        spent = cost["rows"], cost["backward_rows"], cost["seconds"]
         missed, likeness = zip(*(errors(network, one, scene.image) for one, scene in zip(found, scenes)))
-        costs.append(Cost(name, *rows, seconds, mean(missed), mean(likeness)))
+        costs.append(Cost(name, *spent, mean(missed), mean(likeness)))
     return costs
 
 

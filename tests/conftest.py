@@ -1,8 +1,9 @@
-"""What the tests share: where the golden values are."""
+"""What the tests share: where the golden values are, and what takes long to make."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,3 +106,29 @@ def dog() -> Subject:
     from tests.editing import picture
 
     return Subject(picture(seed=1), "dog")
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module of a user's methods, found by new processes as well."""
+    from tests.benchmarking import MINE
+
+    (tmp_path / "my_methods.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def everything(miniature_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every method on a swap and a change of words, 3 steps of a random model."""
+    import torch
+
+    from benchmarks import run
+    from benchmarks.methods import METHODS
+    from tests.benchmarking import settings_of
+
+    out, threads = tmp_path_factory.mktemp("runs") / "all", torch.get_num_threads()
+    run.measure(settings_of(miniature_folder, out, ",".join(METHODS), count=1, kinds=("swap", "replace")))
+    torch.set_num_threads(threads)
+    return out

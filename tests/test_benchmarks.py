@@ -49,6 +49,10 @@ def test_a_look_is_right_in_source_and_colours(hue: float | None, wanted: float 
     assert judge.right_look(verdict, Look("dog", "google", wanted)) is right
     assert not judge.right_look(verdict, Look("dog", "fluent", wanted))
     assert judge.right_category(verdict, Look("dog", "fluent")) and not judge.right_category(verdict, Look("cat", "google"))
+    marks = {"category": True, "look": right, "both": right, "background": True}
+    assert judge.marks(verdict, Look("dog", "google", wanted), "grass") == marks
+    other = {"category": False, "look": right, "both": False, "background": False}
+    assert judge.marks(verdict, Look("cat", "google", wanted), "snow") == other
 
 
 def test_the_shipped_judge_knows_real_scenes() -> None:

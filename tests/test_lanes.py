@@ -1,0 +1,75 @@
+"""Several processes give what one does, and one that dies fails its case alone."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+
+from benchmarks import lanes, report, run
+from benchmarks.run_folder import RunError, read_rows
+from tests.benchmarking import Page, settings_of
+
+pytestmark = pytest.mark.usefixtures("own_threads")
+
+
+def test_several_processes_give_the_same_rows_and_pictures(miniature_folder: Path, tmp_path: Path) -> None:
+    kept = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        rows = run.measure(settings_of(miniature_folder, out, "ours,generate-only"), processes=processes)
+        costs = {"seconds", "cpu_seconds", "peak"}
+        values = [{k: v for k, v in row["metrics"].items() if k not in costs} | {"t": row["trajectory"]} for row in rows]
+        pictures = {p.relative_to(out): p.read_bytes() for p in sorted(out.rglob("*.png"))}
+        kept.append((values, pictures))
+    assert kept[0] == kept[1] and len(kept[0][0]) == 4
+
+
+def test_a_case_that_ends_its_process_is_a_failure_and_the_others_run(miniature_folder: Path, mine: Path) -> None:
+    settings = settings_of(miniature_folder, mine / "out", "my_methods:killed,paste", count=4)
+    rows = run.measure(settings, processes=2)
+    died = [row for row in rows if "error" in row]
+    whole, (dead,) = rows[0], died
+    assert (dead["method"], dead["case"], dead["error"][:12]) == ("my_methods:killed", "swap-0002", "ProcessDied:")
+    assert len(rows) == 8 and set(dead) == set(whole) - {"networks", "prompt", "target_prompt"} | {"error", "traceback"}
+    assert set(dead["metrics"]) == set(whole["metrics"]) and set(dead["metrics"].values()) == {None}
+    # Its row does not say what was asked; the others of the case do.
+    assert report.main([str(mine / "out")]) == 0
+    text = Page((mine / "out" / "report.html").read_text()).text
+    assert f"“{rows[5]['prompt']}”" in text and rows[5]["case"] == "swap-0002"
+
+
+def test_processes_that_die_time_after_time_end_the_run(miniature_folder: Path, mine: Path, monkeypatch) -> None:
+    monkeypatch.setattr(lanes, "MOST_DEATHS", 2)
+    settings = settings_of(miniature_folder, mine / "out", "my_methods:deadly", count=4)
+    with pytest.raises(RunError, match="died in 2 cases in a row.*--processes.*goes on"):
+        run.measure(settings, processes=2)
+    assert all(row["error"].startswith("ProcessDied") for row in read_rows(mine / "out"))
+
+
+def test_a_process_that_died_between_two_cases_fails_neither(miniature_folder: Path, mine: Path) -> None:
+    class Broken:
+        def submit(self, *task: object) -> None:
+            raise BrokenProcessPool("killed while it waited")
+
+        def shutdown(self) -> None:
+            pass
+
+    lane = lanes.Lane(settings_of(miniature_folder, mine / "out", "my_methods:copied"), "cpu", "")
+    lane.pool = Broken()
+    try:
+        assert "error" not in lane.row(("my_methods:copied", "swap", "swap-0001")) and lane.deaths == 0
+    finally:
+        lane.close()
+
+
+def test_a_process_that_cannot_begin_ends_the_run_with_a_word_on_how_to_go_on(
+    everything: Path, miniature_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Called with settings and a device it raises, as a model that is not there does.
+    monkeypatch.setattr(lanes, "begin", os.getpid)
+    with pytest.raises(RunError, match="the same command goes on"):
+        run.measure(settings_of(miniature_folder, everything, "ours", count=2), processes=2)
+    assert ("ours", "swap-0001") not in {(row["method"], row["case"]) for row in read_rows(everything)}
