@@ -196,10 +196,14 @@ class Model:
     def schedule(self, steps: int) -> Schedule:
         """DDIM schedule of `steps` steps with the noise levels of the model's scheduler.
 
+        A last step at timestep 0 ends at the clean picture: by the settings of some schedulers, that of the public
+        BLIP-Diffusion among them, it would end at the noise that it begins with.
+
         Raises `StepsError` outside 1 to the number of training steps, `ScheduleError` for schedulers that are not of
         diffusion.
         """
-        config = self.pipeline.scheduler.config
+        # Without diffusers' notes on which values were defaults, or a pipeline and its saved folder would differ.
+        config = {name: value for name, value in self.pipeline.scheduler.config.items() if not name.startswith("_")}
         train = config.get("num_train_timesteps", 1000)
         if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= train // 2:
             raise StepsError(f"steps={steps!r}; expected a whole number between 1 and {train // 2}, such as 50")
@@ -215,7 +219,8 @@ class Model:
                 f"{train} about evenly, such as {train // round(train / steps)}, 50 or 100"
             )
         alphas = tuple(float(ddim.alphas_cumprod[t]) for t in timesteps)
-        return Schedule(timesteps, alphas, float(ddim.final_alpha_cumprod), ddim.config.prediction_type)
+        final = 1.0 if timesteps[-1] == 0 else float(ddim.final_alpha_cumprod)
+        return Schedule(timesteps, alphas, final, ddim.config.prediction_type)
 
     def layout(self, prompt: str, *, subject: bool = False) -> TokenLayout:
         """What the text encoder sees for `prompt`, with room for a subject if asked.

@@ -124,7 +124,7 @@ def tiny_pipeline(
         vae=vae.eval(),
         unet=unet.eval(),
         scheduler=PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, skip_prk_steps=True
         ),
         qformer=qformer.eval(),
         image_processor=BlipImageProcessor(size=32),

@@ -8,10 +8,12 @@ import pytest
 import torch
 from blip_tiny import deviation, picture, tiny_pipeline
 from conftest import golden, golden_dir
+from diffusers import DDIMScheduler, PNDMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks import parity
+from p2p_subject import Blend, Editor, Subject, swap_subject
 from p2p_subject.blip_diffusion import (
     Blip2QFormerModel,
     BlipDiffusionPipeline,
@@ -127,3 +129,21 @@ def test_script_of_the_model_card_runs_with_the_import_changed(checkpoint):
         width=64,
     ).images
     assert len(output) == 1 and output[0].size == (64, 64) and output[0].mode == "RGB"
+
+
+def test_the_editor_edits_with_a_folder_in_the_public_layout(checkpoint):
+    folder, words = checkpoint
+    editor = Editor.from_pretrained(folder, qformer_tokenizer=words)
+    # The public scheduler has no offset: by its settings the last step would end at the noise that it begins with.
+    config = editor.model.pipeline.scheduler.config
+    assert isinstance(editor.model.pipeline.scheduler, PNDMScheduler)
+    assert (config.steps_offset, config.set_alpha_to_one) == (0, False)
+    theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    theirs.set_timesteps(4)
+    schedule = editor.model.schedule(4)
+    assert schedule.timesteps == tuple(theirs.timesteps.tolist()) == (750, 500, 250, 0) and schedule.final_alpha == 1
+    subject = Subject(picture(1), "dog")
+    made = editor.generate("a dog on grass", subject=subject, seed=0, steps=4, size=(64, 64))
+    source = editor.record(editor.invert(made.image, "a cat on grass", steps=4))
+    result = editor.edit(source, swap_subject("cat", subject, cross_replace=0.5, self_replace=0.5, blend=Blend(rule="peak")))
+    assert result.image.size == (64, 64) and result.mask.size == (64, 64) and torch.isfinite(result.latents).all()

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -52,6 +53,27 @@ def change_json(path: Path, **values: object) -> None:
 
 def change_weights(path: Path, change) -> None:
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+SAMPLERS = ["PNDM", "DDIM", "DDPM", "DPMSolverMultistep", "EulerDiscrete", "UniPCMultistep", "LMSDiscrete"]
+PUBLISHED = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_any_scheduler_gives_noise_levels_that_rise_to_the_picture(tmp_path, kind: str, offset: int) -> None:
+    """With the settings of the public Stable Diffusion (offset 1) and BLIP-Diffusion (0), in memory as from a folder."""
+    published = diffusers.PNDMScheduler(**PUBLISHED, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=offset)
+    scheduler = getattr(diffusers, f"{kind}Scheduler").from_config(published.config)
+    pipeline = stable_diffusion_1()
+    pipeline.scheduler = scheduler
+    model = Model.of(pipeline)
+    schedule = model.schedule(10)
+    levels = (*schedule.alphas, schedule.final_alpha)
+    assert list(levels) == sorted(set(levels)) and schedule.timesteps[-1] in (0, 1) and levels[-1] > 0.999
+    scheduler.save_pretrained(tmp_path)
+    pipeline.scheduler = type(scheduler).from_pretrained(tmp_path)
+    assert model.schedule(10) == schedule
 
 
 def noisy(rows: int, side: tuple[int, int] = (8, 8)) -> torch.Tensor:
