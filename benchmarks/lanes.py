@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from queue import SimpleQueue
 
 from benchmarks.run_folder import Row, RunError
-from benchmarks.worker import Settings, begin, row_of_death, work
+from benchmarks.worker import Settings, begin, lost, row_of_death, work
 
 Task = tuple[str, str, str]
 """Method, kind and id of a case."""
@@ -19,7 +19,10 @@ MOST_DEATHS = 3
 
 
 class Lane:
-    """A process with the model on a device, begun when first used. Not for two threads at once."""
+    """A process with the model on a device, begun when first used, and again when it is gone or the device lost to it.
+
+    Not for two threads at once.
+    """
 
     def __init__(self, settings: Settings, device: str, fingerprint: str) -> None:
         self.settings, self.device, self.fingerprint = settings, device, fingerprint
@@ -31,17 +34,19 @@ class Lane:
         running = self._submitted(task)
         try:
             row = running.result()
-        except BrokenProcessPool as error:
+            if "error" not in row or not self.pool.submit(lost, self.device).result():
+                self.deaths = 0
+                return row
+        except BrokenProcessPool:
             # Of a pool of one process this case alone was being run.
-            self.close()
-            self.deaths += 1
-            if self.deaths == MOST_DEATHS:
-                raise RunError(
-                    f"processes on {self.device} died in {MOST_DEATHS} cases in a row (out of memory? try fewer --processes); "
-                    "what is done is kept, the same command goes on, with --retry over the cases that died"
-                ) from error
-            return row_of_death(self.settings, self.device, self.fingerprint, *task)
-        self.deaths = 0
+            row = row_of_death(self.settings, self.device, self.fingerprint, *task)
+        self.close()
+        self.deaths += 1
+        if self.deaths == MOST_DEATHS:
+            raise RunError(
+                f"processes on {self.device} died in {MOST_DEATHS} cases in a row (out of memory? try fewer --processes); "
+                "what is done is kept, the same command goes on, with --retry over the cases that died"
+            )
         return row
 
     def close(self) -> None:
@@ -83,16 +88,28 @@ def in_lanes(
     for lane in lanes:
         idle.put(lane)
 
-    def row(task: Task) -> Row:
+    failures: list[RunError] = []
+
+    def row(task: Task) -> Row | None:
+        # What the other lanes are at when one ends the run is kept; nothing more is begun.
+        if failures:
+            return None
         lane = idle.get()
         try:
             return lane.row(task)
+        except RunError as error:
+            failures.append(error)
+            return None
         finally:
             idle.put(lane)
 
     threads = ThreadPoolExecutor(len(lanes))
     try:
-        yield from (done.result() for done in as_completed([threads.submit(row, task) for task in tasks]))
+        for done in as_completed([threads.submit(row, task) for task in tasks]):
+            if (found := done.result()) is not None:
+                yield found
+        if failures:
+            raise failures[0]
     finally:
         threads.shutdown(wait=True, cancel_futures=True)
         for lane in lanes:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.methods import METHODS, PIE_BENCH, BlipDiffusion, Generation, Method, MethodFunction, Paste
+from benchmarks.methods import METHODS, PIE_BENCH, SOURCES, BlipDiffusion, Generation, Method, MethodFunction, Paste
 from benchmarks.suite import Case
 from p2p_subject import checks, inverting
 from p2p_subject.blip_diffusion.presets import PAPER
@@ -81,6 +81,8 @@ def _require_settings(method: Method | Generation, name: str) -> None:
         for flag in FLAGS:
             if not isinstance(value := getattr(method, flag), bool):
                 raise ArgumentError(f"method {name!r}: {flag}={value!r}; expected true or false")
+        if method.source not in SOURCES:
+            raise ArgumentError(f"method {name!r}: source={method.source!r}; expected one of {', '.join(SOURCES)}")
         share = method.self_share
         if share is not None and not (checks.is_number(share, 0, 1) and share > 0):
             raise ArgumentError(f"method {name!r}: self_share={share!r}; expected a share above 0 up to 1, or null")

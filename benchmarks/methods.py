@@ -6,9 +6,10 @@ A method is called as `method(editor, case)` and returns `Edited`. A user's own 
     mine.mask_input = True        # only if it looks at case.mask, case.truth or the other masks of the answer
 
 The ancestors run with the settings that they were published with, over this library's attention control, which gives the
-same latents as the published loops: their rows and seconds are this library's, fewer than published but for DDIM's, which
-generates the source first (300 rows of 50 steps for 250) and LAVIS's (as many). Guidance is the model's own
-scale: 7.5 on public models, as published, and 3 on the miniature. No ancestor puts original pixels back.
+same latents as the published loops: their rows and seconds are this library's, fewer than published where the source is read
+from the inversion, as many or more where it is generated again, which goes before the edit here (DDIM: 300 rows of 50 steps
+for 250). Guidance is the model's own scale: 7.5 on public models, as published, and 3 on the miniature. No ancestor puts
+original pixels back.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from p2p_subject.source import Source
 
 MethodFunction = Callable[[Editor, Case], Edited]
 PIE_BENCH = "pie"
+SOURCES = ("stored", "unguided", "guided")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Method:
     on PIE-Bench; `weight` among these is that of the target's words. `self_share` is the largest side of self-attention that
     follows the source, as a share of the latent's (None: as in `edit`); published sides are of latents of 64. `published`
     aligns prompts as the published controllers do: "replace" for prompts of as many words, "refine" for others and for
-    subjects, unless the fields say; what it does not set is as in `EditSpec`, not as in `swap_subject`. `reconstructs` follows
-    the source's generation from its noise without guidance, instead of the inverted latents. `subjects`: for swaps alone.
-    `mask_input`: given the true mask.
+    subjects, unless the fields say; what it does not set is as in `EditSpec`, not as in `swap_subject`. `source` is what the
+    edit follows and blends with: "stored", the latents of the inversion (of "ddim" those that it replays), or the source's
+    generation from its noise, "unguided" or "guided" as the edit is. `subjects`: for swaps alone. `mask_input`: given the true
+    mask.
     """
 
     paper: str
@@ -66,7 +69,7 @@ class Method:
     pie: Mapping[str, Any] = field(default_factory=dict)
     self_share: float | None = None
     published: bool = False
-    reconstructs: bool = False
+    source: str = "stored"
     subjects: bool = False
     mask_input: bool = False
 
@@ -119,7 +122,9 @@ class Method:
         # Of the methods, edit-friendly inversion alone draws noise.
         drawn = {"seed": case.seed} if self.inversion == "edit_friendly" else {}
         source = editor.invert(case.source, case.prompt, method=self.inversion, steps=self.steps, **drawn | dict(self.options))
-        if self.reconstructs:
+        if self.source == "guided":
+            source = replace(source, trajectory=replace(source.trajectory, replay=True))
+        elif self.source == "unguided":
             source = reconstructed(editor, source)
         spec = self.spec(case, editor.model.queries > 0)
         if self.self_share is not None:
@@ -252,14 +257,18 @@ OURS = "this library"
 PUBLISHED_BLEND = {"rule": "peak", "threshold": 0.3, "maps": "running"}
 
 
+MOKADY = {"cross_replace": 0.8, "self_replace": 0.5}
+MOKADY_BY_WORDS = {**MOKADY, "weight": 2.0}
+"""How the released code of null-text inversion edits, on which that of negative-prompt inversion is built."""
+
 JU = {"cross_replace": 0.4, "self_replace": 0.6}
 JU_BY_WORDS = {**JU, "weight": 2.0, "alignment": "refine"}
 """How Ju et al. 2024 edit, and ran the other inversions on PIE-Bench."""
 
 
 def prompt_to_prompt(paper: str, inversion: str, **changes: Any) -> Method:
-    """Prompt-to-Prompt on a real picture: the windows of Hertz et al. 2022, self-attention up to 32 of 64, and Mokady et al.
-    2023's blend after 20 % of the steps; on PIE-Bench as Ju et al. 2024 ran it."""
+    """Prompt-to-Prompt on a real picture: the windows of Hertz et al. 2022 unless told otherwise, self-attention up to 32 of
+    64, and Mokady et al. 2023's blend after 20 % of the steps; on PIE-Bench as Ju et al. 2024 ran it."""
     own = {"edit": {"cross_replace": 0.8, "self_replace": 0.4}, "blend": {**PUBLISHED_BLEND, "start": 0.2}, "pie": JU_BY_WORDS}
     return Method(f"{paper}; Hertz et al. 2022", inversion, published=True, self_share=0.5, **own | changes)
 
@@ -273,8 +282,18 @@ METHODS: dict[str, MethodFunction] = {
     "ours-best": Method(OURS, paste=True, by_words={"cross_replace": 0.4}),
     "ours+mask": Method(OURS, paste=True, mask_input=True),
     "ddim+p2p": prompt_to_prompt("Song et al. 2021", "ddim"),
-    "null-text+p2p": prompt_to_prompt("Mokady et al. 2023", "null_text", options={"optimiser": "adam", "inner_steps": 10}),
-    "negative-prompt+p2p": prompt_to_prompt("Miyake et al. 2023", "negative_prompt"),
+    "null-text+p2p": prompt_to_prompt(
+        "Mokady et al. 2023",
+        "null_text",
+        options={"optimiser": "adam", "inner_steps": 10},
+        source="guided",
+        edit=MOKADY,
+        by_words=MOKADY_BY_WORDS,
+    ),
+    # Guided against its own prompt, the source is generated as without guidance.
+    "negative-prompt+p2p": prompt_to_prompt(
+        "Miyake et al. 2023", "negative_prompt", source="unguided", edit=MOKADY, by_words=MOKADY_BY_WORDS
+    ),
     "direct+p2p": prompt_to_prompt("Ju et al. 2024", "direct", edit=JU, by_words=JU_BY_WORDS),
     # The same inversion with the windows of the other ancestors, which keep more of the source.
     "direct+p2p-2022": prompt_to_prompt("Ju et al. 2024, inversion alone", "direct"),
@@ -294,7 +313,7 @@ METHODS: dict[str, MethodFunction] = {
     "lavis": Method(
         "Li et al. 2023, released code",
         published=True,
-        reconstructs=True,
+        source="unguided",
         subjects=True,
         edit={"cross_replace": 0.8, "self_replace": 0.4},
         self_share=0.25,

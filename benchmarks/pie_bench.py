@@ -8,6 +8,9 @@ Brackets in the prompts mark the difference and are no part of them. The mask is
 rows of the picture, 512x512 always. The seven published metrics are measured as the published code measures them, with the
 outermost pixels counted as edited, and beside them normalised by area. A picture whose mask is all of it has no background:
 the published code writes "nan" there, here it is a case without a value, and n says so.
+
+The published comparison tells a method prompts and words. `ours` takes the type of an entry as well, which says what an edit
+with a word of one prompt alone is: an addition ("2") or a removal ("3").
 """
 
 from __future__ import annotations
@@ -82,6 +85,7 @@ class PieBench(Suite):
     headline = (
         "published_structure",
         "published_psnr",
+        "unpasted_psnr",
         "published_lpips",
         "published_mse",
         "published_ssim",

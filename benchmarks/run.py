@@ -23,10 +23,10 @@ from tqdm import tqdm
 from benchmarks.lanes import Task, in_lanes
 from benchmarks.method_names import applies, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
-from benchmarks.run_folder import ROWS, Row, RunFolder, read_rows, require_folder
+from benchmarks.run_folder import ROWS, Row, RunError, RunFolder, read_rows, require_folder
 from benchmarks.suite import Case, Options, Suite
 from benchmarks.suites import SUITES, open_suite
-from benchmarks.worker import Settings, Worker, require_possible
+from benchmarks.worker import Settings, Worker, lost, require_possible
 from p2p_subject.editor import Editor
 from p2p_subject.errors import ArgumentError, ModelError, P2PSubjectError
 
@@ -100,7 +100,11 @@ def rows_of(
         return
     worker = Worker(settings, devices[0])
     worker.warm_up()
-    yield from (worker.row(*task) for task in tasks)
+    for task in tasks:
+        row = worker.row(*task)
+        yield row
+        if "error" in row and lost(devices[0]):
+            raise RunError(f"{devices[0]} takes no more work after {row['case']} by {row['method']}; the same command goes on")
 
 
 def measure(

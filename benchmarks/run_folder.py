@@ -21,7 +21,8 @@ from p2p_subject.outputs import atomic_write, save_image
 from p2p_subject.visible import to_gray
 
 Row = dict[str, Any]
-SETTINGS, ROWS, PICTURES, CASES, LOCK = "run.json", "rows.jsonl", "pictures", "_cases", ".lock"
+SETTINGS, ROWS, LOCK = "run.json", "rows.jsonl", ".lock"
+PICTURES, CASES, REFERENCES = "pictures", "_cases", "_references"
 
 
 class RunError(P2PSubjectError, ValueError):
@@ -91,8 +92,12 @@ class RunFolder:
         """Write the pictures of a case that are not there yet; their paths within the folder, by name."""
         found = {"source": case.source, "truth": case.truth}
         found |= {"true_mask": None if case.mask is None else to_gray(case.mask.astype(float))}
-        found |= {f"reference{number}": picture for number, picture in enumerate(case.references[:1])}
-        return self._save(CASES, case.id, found, again=False)
+        paths = self._save(CASES, case.id, found, again=False)
+        for picture in case.references[:1]:
+            # Many cases have the same one.
+            digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:16]
+            paths |= self._save(REFERENCES, digest, {"reference0": picture}, again=False)
+        return paths
 
     def save_edited(self, method: str, case: Case, edited: Edited) -> dict[str, str]:
         """Write what a method returned; paths within the folder, by name."""

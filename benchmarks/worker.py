@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.environment import machine
 from benchmarks.features import versions
-from benchmarks.meter import metered
+from benchmarks.meter import metered, synchronise
 from benchmarks.method_names import method_of, takes_mask
 from benchmarks.methods import BlipDiffusion, Method, MethodFunction
 from benchmarks.run_folder import Row, RunFolder
@@ -200,6 +200,15 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def lost(device: str) -> bool:
+    """Whether a GPU takes no more work from this process: after a fault of its own, every call of it fails."""
+    try:
+        synchronise(torch.device(device))
+    except RuntimeError:
+        return True
+    return False
 
 
 def work(name: str, kind: str, id: str) -> Row:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -47,6 +49,42 @@ def test_processes_that_die_time_after_time_end_the_run(miniature_folder: Path, 
     with pytest.raises(RunError, match="died in 2 cases in a row.*--processes.*goes on"):
         run.measure(settings, processes=2)
     assert all(row["error"].startswith("ProcessDied") for row in read_rows(mine / "out"))
+
+
+def test_a_failure_that_leaves_the_device_unusable_counts_as_a_death(miniature_folder: Path, mine: Path, monkeypatch) -> None:
+    # Of any device it says that it takes no more work.
+    monkeypatch.setattr(lanes, "lost", bool)
+    monkeypatch.setattr(run, "lost", bool)
+    settings = settings_of(miniature_folder, mine / "out", "my_methods:picky", count=4)
+    lane = lanes.Lane(settings, "cpu", "")
+    try:
+        assert "error" not in lane.row(("my_methods:picky", "swap", "swap-0000")) and lane.pool is not None
+        row = lane.row(("my_methods:picky", "swap", "swap-0001"))
+        assert row["error"] == "RuntimeError: not this one" and (lane.pool, lane.deaths) == (None, 1)
+    finally:
+        lane.close()
+    with pytest.raises(RunError, match="cpu takes no more work after swap-0001 by my_methods:picky; the same command goes on"):
+        run.measure(settings)
+    assert [row["case"] for row in read_rows(mine / "out")] == ["swap-0000", "swap-0001"]
+
+
+def test_what_other_lanes_are_at_is_kept_when_one_ends_the_run(miniature_folder: Path, mine: Path, monkeypatch) -> None:
+    both = Barrier(2, timeout=60)
+
+    def row(self: lanes.Lane, task: lanes.Task) -> dict:
+        both.wait()
+        if task[2] == "swap-0000":
+            raise RunError("no more")
+        time.sleep(0.1)
+        return {"case": task[2]}
+
+    monkeypatch.setattr(lanes.Lane, "row", row)
+    settings, found = settings_of(miniature_folder, mine / "out", "my_methods:copied"), []
+    tasks = [("my_methods:copied", "swap", f"swap-000{number}") for number in range(9)]
+    with pytest.raises(RunError, match="no more"):
+        for done in lanes.in_lanes(settings, tasks, ["cpu"], 2, ""):
+            found.append(done["case"])
+    assert found == ["swap-0001"]
 
 
 def test_a_process_that_died_between_two_cases_fails_neither(miniature_folder: Path, mine: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +26,20 @@ from p2p_subject.errors import ArgumentError
 
 def test_ancestors_edit_with_published_settings() -> None:
     swap, words = (WorldSuite(Options()).case(id) for id in ("swap-0000", "replace-0000"))
-    for name in ("ddim+p2p", "null-text+p2p", "negative-prompt+p2p", "direct+p2p-2022"):
+    windows = {"ddim+p2p": 0.4, "null-text+p2p": 0.5, "negative-prompt+p2p": 0.5, "direct+p2p-2022": 0.4}
+    for name, self_replace in windows.items():
         spec = METHODS[name].spec(swap, True)
-        assert (spec.cross_replace, spec.self_replace, spec.room) == ((0, 0.8), (0, 0.4), 0)
+        assert (spec.cross_replace, spec.self_replace, spec.room) == ((0, 0.8), (0, self_replace), 0)
+        assert dict(METHODS[name].spec(words, True).weights) == ({words.target_words[0]: 2.0} if self_replace == 0.5 else {})
         assert (spec.alignment, spec.padding) == ("refine", "reference")
         assert (spec.blend.rule, spec.blend.threshold, spec.blend.start, spec.blend.maps) == ("peak", 0.3, 0.2, "running")
         assert METHODS[name].spec(words, True).alignment == "replace" and METHODS[name].steps == 50
         on_pie = METHODS[name].spec(replace(words, suite="pie"), True)
         assert (on_pie.cross_replace, on_pie.self_replace, on_pie.alignment) == ((0, 0.4), (0, 0.6), "refine")
         assert dict(on_pie.weights) == {words.target_words[0]: 2.0}
+    # They come before Ju et al.'s idea of reading the source from its inversion.
+    sources = {"ddim+p2p": "stored", "null-text+p2p": "guided", "negative-prompt+p2p": "unguided", "direct+p2p": "stored"}
+    assert {name: METHODS[name].source for name in sources} == sources and METHODS["lavis"].source == "unguided"
     # Ju et al. edit any picture as those of PIE-Bench.
     for spec in (METHODS["direct+p2p"].spec(words, True), METHODS["direct+p2p"].spec(replace(words, suite="pie"), True)):
         assert (spec.cross_replace, spec.self_replace, spec.alignment) == ((0, 0.4), (0, 0.6), "refine")
@@ -66,6 +72,24 @@ def test_the_published_sides_of_self_attention_are_shares_of_the_latents(miniatu
     for name, side in (("direct+p2p", 8), ("negative-prompt+p2p", 8), ("lavis", 4), ("edit-friendly+p2p", 4), ("ours", None)):
         method_of(f"{name}[steps=5]")(editor, WorldSuite(Options()).case("swap-0000"))
         assert seen.pop() == side and METHODS[name].self_share == {8: 32 / 64, 4: 16 / 64, None: None}[side]
+
+
+def test_a_source_that_is_generated_again_is_what_the_edit_keeps(miniature_folder: Path) -> None:
+    editor, case = Editor.from_pretrained(miniature_folder), WorldSuite(Options()).case("swap-0000")
+    shown, rows = {}, {}
+    for name in ("negative-prompt+p2p", "null-text+p2p"):
+        for source in ("stored", "unguided", "guided"):
+            with metered(editor.model.unet, editor.model.device) as cost:
+                edited = method_of(f"{name}[steps=4,source={source},feather=0,threshold=1]")(editor, case)
+            shown[name, source] = np.asarray(edited.image).astype(int)
+            rows[name, source] = cost["rows"]
+        assert [rows[name, source] - rows[name, "stored"] for source in ("unguided", "guided")] == [4, 8]
+    # Guidance of a source against its own prompt cancels, so that its generation without is the same picture, for less.
+    own = [shown["negative-prompt+p2p", source] for source in ("stored", "unguided", "guided")]
+    assert abs(own[1] - own[2]).max() <= 2 < abs(own[0] - own[1]).max()
+    # null-text inversion has embeddings that were found for guidance.
+    own = [shown["null-text+p2p", source] for source in ("stored", "unguided", "guided")]
+    assert all(abs(a - b).max() > 2 for a, b in itertools.combinations(own, 2))
 
 
 def test_ours_edits_with_the_editors_defaults() -> None:
@@ -160,6 +184,7 @@ def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: 
         ("ours[steps=true]", "steps=True; expected a whole number"),
         ("ours[paste=False]", "paste='False'; expected true or false"),
         ("direct+p2p[published=null]", "published=None; expected true or false"),
+        ("ours[source=inverted]", "source='inverted'; expected one of stored, unguided, guided"),
         ("ours[skip=1]", "skip=1; expected a fraction"),
         ("ours[erase=true]", "no setting 'erase'"),
         ("ours[guidance_scale=NaN]", "guidance_scale=nan; expected a number"),
