@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -170,7 +171,13 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
         raise OutputError(f"cannot write {str(path)!r}: it is a directory; give the name of a file")
     temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
+        # safetensors' own files can be read by their owner alone: as readable as any new file, or as the one that it replaces.
+        temporary.touch()
+        if target.exists():
+            shutil.copymode(target, temporary)
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         os.replace(temporary, target)
     except (SafetensorError, OSError) as error:
         raise OutputError(f"cannot write {str(path)!r} ({error}); make room there or give another place") from error

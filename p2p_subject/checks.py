@@ -16,6 +16,11 @@ Word = str | tuple[str, int]
 """A word or phrase of a prompt, or (word, index) where it occurs more than once; the index counts from 0."""
 
 
+LAST_SEED = 2**64 - 1
+SEED = "a whole number from 0 to 2**64 - 1"
+"""What torch's generators take."""
+
+
 def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
     """Whether this is a finite number in a range; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -53,9 +58,9 @@ def fraction(value: Any, name: str) -> float:
     return float(value)
 
 
-def whole(value: Any, name: str, low: int, expected: str) -> int:
-    """A whole number of at least `low`; `expected` says so in words."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+def whole(value: Any, name: str, low: int, expected: str, high: float = math.inf) -> int:
+    """A whole number from `low` to `high`; `expected` says so in words."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
         raise EditSpecError(f"{name}={value!r}; expected {expected}")
     return int(value)
 

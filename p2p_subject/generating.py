@@ -58,7 +58,7 @@ def _request(prompt: Any, subject: Any, seed: Any) -> Request:
     if subject is not None and not isinstance(subject, AnySubject):
         raise SubjectError(f"subject={subject!r}; expected Subject(picture, category), or a list with one a row")
     if seed is not None:
-        seed = checks.whole(seed, "seed", 0, "a whole number of 0 or more, a list of them, or None for random ones")
+        seed = checks.whole(seed, "seed", 0, f"{checks.SEED}, a list of them, or None for random ones", checks.LAST_SEED)
     return Request(prompt, subject, seed)
 
 
@@ -124,6 +124,9 @@ def _noise(model: Model, latents: Tensor | None, seeds: Sequence[int | None], si
         if latents.ndim != 4 or latents.shape[1] != channels or len(latents) not in (1, rows):
             counts = "1" if rows == 1 else f"1 or {rows}"
             raise TrajectoryError(f"latents of shape {tuple(latents.shape)}; expected ({counts}, {channels}, h, w)")
+        made = tuple(side * factor for side in reversed(latents.shape[-2:]))
+        if size is not None and sides(model, size) != made:
+            raise ArgumentError(f"size={size!r} with latents of pictures of {made}; leave one of them out")
         latents = require_finite(latents, "latents").to(model.device, torch.float32)
         return latents.expand(rows, -1, -1, -1)
     width, height = sides(model, model.size if size is None else size)

@@ -128,14 +128,14 @@ def _number(low: float, high: float = math.inf) -> Check:
     return lambda value: checks.is_number(value, low, high)
 
 
-def _whole(low: int) -> Check:
-    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and value >= low
+def _whole(low: int, high: float = math.inf) -> Check:
+    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
 
 
 Check = Callable[[Any], bool]
 OPTIONS: dict[str, tuple[Check, str, bool]] = {
     "guidance_scale": (_number(0), "a number of 0 or more, such as 7.5", False),
-    "seed": (_whole(0), "a whole number of 0 or more", False),
+    "seed": (_whole(0, checks.LAST_SEED), checks.SEED, False),
     "iterations": (_whole(1), "a whole number of 1 or more, such as 5", False),
     "inner_steps": (_whole(0), "a whole number of 0 or more, such as 10, or None", True),
     "optimiser": (lambda value: value in ("conjugate", "adam"), "'conjugate' or 'adam'", False),
@@ -161,6 +161,8 @@ def check(method: str, options: dict[str, Any], *, record: bool = False) -> None
             continue
         if not fits(value):
             raise ArgumentError(f"{name}={value!r}; expected {expected}")
+    if method == "null_text" and options.get("guidance_scale") == 1:
+        raise ArgumentError("guidance_scale=1 is no guidance, which null-text inversion is for; expected another, such as 7.5")
 
 
 def require_recordable(method: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -41,6 +42,11 @@ SETTINGS = "editing.json"
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
+def lock_of(network: torch.nn.Module) -> threading.RLock:
+    """The lock of a network, not of what wraps it: two editors may share one."""
+    return _LOCKS.setdefault(bare(network), threading.RLock())
+
+
 class Model:
     """A pipeline as the editor sees it: layouts, contexts, noise, latents. `load` and `of` choose the subclass for its kind.
 
@@ -58,8 +64,7 @@ class Model:
         self.subject: EmbeddedSubject | None = None
         """The subject that the model was fine-tuned on, if any."""
         self.guidance_scale = self.default_guidance if guidance_scale is None else float(guidance_scale)
-        # Of the network, not of this wrapper: two editors may share a pipeline.
-        self._lock = _LOCKS.setdefault(bare(pipeline.unet), threading.RLock())
+        self._lock = lock_of(pipeline.unet)
         self.require_controllable()
 
     @staticmethod
@@ -205,12 +210,12 @@ class Model:
         # Without diffusers' notes on which values were defaults, or a pipeline and its saved folder would differ.
         config = {name: value for name, value in self.pipeline.scheduler.config.items() if not name.startswith("_")}
         train = config.get("num_train_timesteps", 1000)
-        if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= train // 2:
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= train // 2:
             raise StepsError(f"steps={steps!r}; expected a whole number between 1 and {train // 2}, such as 50")
         if "beta_schedule" not in config:
             raise ScheduleError(f"{self.pipeline.scheduler.__class__.__name__} has no betas; load a diffusion scheduler")
         ddim = DDIMScheduler.from_config(config)
-        ddim.set_timesteps(steps)
+        ddim.set_timesteps(int(steps))
         timesteps = tuple(int(t) for t in ddim.timesteps)
         # Steps that do not divide the training steps leave a gap at the noisy end; a wide one breaks generation and inversion.
         if timesteps[0] < 0.9 * (train - train / steps):

@@ -170,10 +170,9 @@ def _target_label(
     if place is not None:
         named = target.columns_in(*place)
     else:
-        try:
-            named = target.columns(category)
-        except WordNotFoundError:
-            named = ()  # A given prompt need not repeat the category; the inserted columns speak for the subject.
+        # A given prompt need not repeat the category; the inserted columns speak for the subject, and the first after them.
+        behind = (own for own in target.all_columns(category) if own[0] >= target.subject.stop)
+        named = next(behind, ())
     return ((category, (*target.subject, *named)),)
 
 

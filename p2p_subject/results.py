@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from p2p_subject.edits import Blend, EditSpec
-from p2p_subject.images import Frame, load_mask
+from p2p_subject.images import INSIDE, Frame, load_mask
 from p2p_subject.outputs import feather, paste_back, restore
 from p2p_subject.prompts import Plan
 from p2p_subject.sampling import EditRun, Target
@@ -85,5 +85,5 @@ def _pixels(
     if spec.blend is None:
         return None
     if spec.blend.mask is not None:
-        return load_mask(spec.blend.mask, source.image.size)
+        return (load_mask(spec.blend.mask, source.image.size) >= INSIDE).astype(np.float32)
     return pixel_mask(target, source_maps, target_maps, source.frame, cell)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from p2p_subject.context import Context
 from p2p_subject.errors import PromptError
-from p2p_subject.models import Model
+from p2p_subject.models import Model, lock_of
 from p2p_subject.supported import require_text
 from p2p_subject.tokens import TokenLayout, layout
 
@@ -103,7 +103,7 @@ class StableDiffusionXLModel(StableDiffusionModel):
         """The VAE, in single precision where half would overflow, as its configuration says of Stable Diffusion XL's."""
         vae = self.pipeline.vae
         # Locked before it is looked at: another thread may have it in single precision for the moment.
-        with self._lock:
+        with lock_of(vae):
             if vae.dtype != torch.float16 or not vae.config.force_upcast:
                 yield vae
                 return

@@ -105,7 +105,7 @@ class Subject(AnySubject):
         raise SubjectError(f"subject: {given} given; expected an object with the fields 'category' and 'pictures'")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EmbeddedSubject(AnySubject):
     """A subject whose embeddings are known, such as those that fine-tuning learned; no picture is encoded.
 
@@ -113,7 +113,7 @@ class EmbeddedSubject(AnySubject):
     Raises `SubjectError`.
     """
 
-    embedding: Tensor = field(repr=False, hash=False, compare=False)
+    embedding: Tensor = field(repr=False)
     category: str
 
     def __post_init__(self) -> None:
@@ -123,6 +123,15 @@ class EmbeddedSubject(AnySubject):
             given = type(self.embedding).__name__ if shape is None else f"{tuple(shape)}"
             raise SubjectError(f"embedding: {given} given; expected a tensor of finite numbers (1, number of queries, width)")
         object.__setattr__(self, "embedding", self.embedding.detach().float().cpu().clone())
+
+    # Of a tensor, `==` is a tensor.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EmbeddedSubject):
+            return NotImplemented
+        return self.category == other.category and self.embedding.equal(other.embedding)
+
+    def __hash__(self) -> int:
+        return hash(self.category)
 
     def embedded(self, encode: Encode) -> Tensor:
         return self.embedding
@@ -168,6 +177,7 @@ class MixedSubject(AnySubject):
                 raise SubjectError(f"{name}={part!r}; expected Subject(picture, category)")
         if not checks.is_number(self.amount, 0, 1):
             raise SubjectError(f"amount={self.amount!r}; expected a number between 0 (the first subject) and 1 (the second)")
+        object.__setattr__(self, "amount", float(self.amount))
         nearer = self.first if self.amount < 0.5 else self.second
         object.__setattr__(self, "category", nearer.category if self.category is None else _word(self.category))
 
@@ -177,7 +187,7 @@ class MixedSubject(AnySubject):
             raise SubjectError(
                 f"embeddings of shape {tuple(first.shape)} and {tuple(second.shape)} cannot be mixed; they are of two models"
             )
-        return (_turned if self.spherical else _straight)(first, second.to(first), float(self.amount))
+        return (_turned if self.spherical else _straight)(first, second.to(first), self.amount)
 
     @property
     def encoded(self) -> tuple[str, ...]:

@@ -127,6 +127,11 @@ class TokenLayout:
             )
         return columns
 
+    def all_columns(self, word: str) -> tuple[tuple[int, ...], ...]:
+        """Return the columns of every occurrence of a word or phrase, in order; none where the prompt lacks it."""
+        found = (self.columns_in(*match.span()) for match in phrase_pattern(word).finditer(self.prompt))
+        return tuple(columns for columns in found if columns)
+
     def _occurrences(self, word: str) -> list[Span]:
         """Return the character spans of `word`, at least one."""
         if not isinstance(word, str) or not word.strip():

@@ -11,11 +11,12 @@ import torch
 from blip_tiny import MULTIMODAL, picture, seeded, tiny_pipeline, word_pieces
 from conftest import golden
 from diffusers import DDIMScheduler
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from p2p_subject.blip_diffusion import Blip2QFormerModel, BlipDiffusionPipeline
 from p2p_subject.blip_diffusion.word_pieces import load_prompt_tokenizer, load_word_pieces, save_word_pieces
-from p2p_subject.errors import ModelError
+from p2p_subject.errors import ModelError, OutputError
 
 NETWORKS = {
     "text_encoder": "model.safetensors",
@@ -76,6 +77,16 @@ def test_saving_over_the_folder_a_model_came_from_keeps_it(broken):
     loaded.save_pretrained(broken)
     assert torch.equal(generate(loaded), expected)
     assert torch.equal(generate(BlipDiffusionPipeline.from_pretrained(broken)), expected)
+
+
+def test_a_model_that_cannot_be_written_leaves_no_parts(pipeline, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        raise SafetensorError("No space left")
+
+    monkeypatch.setattr("p2p_subject.blip_diffusion.weights.save_file", full)
+    with pytest.raises(OutputError, match="model.safetensors.*No space left"):
+        pipeline.qformer.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_official_layout_comes_back_unchanged(tmp_path):

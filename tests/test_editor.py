@@ -71,6 +71,13 @@ def test_the_background_is_bit_exact_outside_the_feathered_mask(editor, source, 
     assert not np.array_equal(np.asarray(pasted_off.image)[~inside], np.asarray(source.image)[~inside])
 
 
+def test_the_mask_of_a_result_is_what_a_soft_mask_allows(editor, source, dog) -> None:
+    soft = np.full((64, 64), 0.4, np.float32)
+    soft[10:30, 30:60] = 0.6
+    hard = np.asarray(editor.edit(source, swap_subject("cat", dog), mask=soft).mask)
+    assert np.array_equal(hard, np.where(soft > 0.5, 255, 0))
+
+
 def test_a_no_op_edit_equals_the_plain_run_exactly(editor) -> None:
     source = editor.generate("a cat on grass", seed=3, steps=STEPS, guidance_scale=2.5)
     with pytest.warns(UserWarning, match="is the identity"):

@@ -80,6 +80,8 @@ def test_unknown_methods_and_options_are_refused_before_any_network(editor, monk
         ("null_text", {"optimiser": "sgd"}),
         ("edit_friendly", {"guidance_scale": None}),
         ("edit_friendly", {"seed": "x"}),
+        ("edit_friendly", {"seed": 2**64}),
+        ("null_text", {"guidance_scale": 1}),
         ("fixed_point", {"iterations": 0}),
         ("negative_prompt", {"proximal": 1}),
     ):

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from p2p_subject import Blend, EditSpec, Subject, add, combine, edits, refine, remove, reweight, swap_subject
+from p2p_subject import Blend, EditSpec, EmbeddedSubject, Subject, add, combine, edits, refine, remove, reweight, swap_subject
 from p2p_subject.errors import AmbiguousWordError, EditSpecError, ImageError, MaskError, SubjectError, WordNotFoundError
 from p2p_subject.prompts import changes_nothing, describe, target_prompt
 from p2p_subject.tokens import layout
@@ -193,6 +194,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
     blend = Blend(threshold=np.float32(0.5), grow=np.int64(2))
     spec = EditSpec(prompt="x", cross_replace=np.float32(0.5), weights={"cat": np.float32(2)}, blend=blend)
     assert EditSpec.from_json(spec.to_json()) == spec
+    spec = swap_subject("cat", Subject.mix(Subject(PICTURE, "dog"), Subject(PICTURE, "cat"), np.float32(0.25)))
+    assert EditSpec.from_json(spec.to_json()) == spec
 
 
 @pytest.mark.parametrize("category", ["", "   ", None, 3])
@@ -278,6 +281,15 @@ def test_edits_combine() -> None:
         combine(reweight({"snowy": 2.0}), reweight({"snowy": 3.0}))
     with pytest.raises(EditSpecError, match="two edits give cross_replace"):
         combine(swap, refine("a cat", cross_replace=0.5))
+
+
+def test_edits_with_two_learned_subjects_do_not_combine() -> None:
+    one, same, other = (EmbeddedSubject(torch.full((1, 2, 3), value), "dog") for value in (0.0, 0.0, 1.0))
+    assert one == same and hash(one) == hash(same) and one != other and one != EmbeddedSubject(one.embedding, "cat")
+    assert one != EmbeddedSubject(torch.zeros(1, 3, 3), "dog") and one != Subject(PICTURE, "dog")
+    assert combine(swap_subject("cat", one), swap_subject("cat", same)).subject == one
+    with pytest.raises(EditSpecError, match="two edits give subject"):
+        combine(swap_subject("cat", one), swap_subject("cat", other))
 
 
 def test_weights_in_json_name_places_of_words() -> None:
@@ -372,3 +384,12 @@ def test_a_given_prompt_need_not_repeat_the_category(tokenizer) -> None:
     spec = swap_subject("cat", Subject(PICTURE, "dog"), prompt="a pet")
     plan = describe(source, spec, lambda prompt, subject: layout(tokenizer, prompt, subject_queries=2, max_length=48))
     assert plan.target_words.columns == tuple(plan.layout.subject)
+
+
+def test_of_a_category_that_a_given_prompt_repeats_the_first_is_the_subjects(tokenizer) -> None:
+    source = layout(tokenizer, "a cat", max_length=48)
+    spec = swap_subject("cat", Subject(PICTURE, "dog"), prompt="a dog and a dog")
+    plan = describe(source, spec, lambda prompt, subject: layout(tokenizer, prompt, subject_queries=2, max_length=48))
+    first, second = plan.layout.all_columns("dog")
+    assert plan.target_words.columns == (*plan.layout.subject, *first) and plan.target_words.others == second
+    assert plan.layout.all_columns("cat") == () and first == plan.layout.columns("dog", 0)

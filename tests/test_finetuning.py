@@ -487,6 +487,11 @@ class TestSaved:
             Editor.from_pretrained(tmp_path / "dog")
         assert Editor.from_pretrained(tmp_path / "dog", base=base).subject.category == "dog"
 
+    def test_options_that_a_loaded_base_cannot_follow_are_refused(self, tuned, editor, tmp_path) -> None:
+        tuned.save(tmp_path / "dog")
+        with pytest.raises(ModelError, match="is loaded already, so dtype can have no effect"):
+            Editor.from_pretrained(tmp_path / "dog", base=editor, dtype=torch.float16)
+
     def test_damage_is_told(self, tuned, tmp_path) -> None:
         tuned.save(tmp_path / "dog")
         weights = tmp_path / "dog" / {"lora": "lora.safetensors", "full": "unet.safetensors"}[tuned.settings.method]
@@ -653,8 +658,10 @@ def test_an_offloaded_network_is_refused(base) -> None:
 
 
 def test_settings_survive_json() -> None:
-    made = Settings(method="full", prompts=("a {category}", "a {category} asleep"), seed=3)
+    rates = {"learning_rate": np.float32(0.5), "weight_decay": np.float32(0.25)}
+    made = Settings(method="full", prompts=("a {category}", "a {category} asleep"), seed=3, **rates)
     assert Settings.of(**json.loads(json.dumps(made.to_dict()))) == made
+    assert (made.rate, made.weight_decay) == (0.5, 0.25)
     assert (Settings(method="full").rate, Settings().lora_alpha, Settings(rank=4, alpha=8).lora_alpha) == (5e-5, 8.0, 8.0)
 
 

@@ -41,6 +41,9 @@ def test_what_is_not_in_a_list_serves_every_row(editor, dog) -> None:
         ({"prompt": ["a dog", 3]}, PromptError, "prompt=3; expected a text"),
         ({"prompt": "a dog", "subject": "dog.png"}, SubjectError, "expected Subject"),
         ({"prompt": "a dog", "seed": [0, -1]}, EditSpecError, "seed=-1"),
+        ({"prompt": "a dog", "seed": 2**64}, EditSpecError, "expected a whole number from 0 to 2"),
+        ({"prompt": "a dog", "latents": torch.zeros(1, 4, 16, 16), "size": (64, 128)}, ArgumentError, "latents of pictures of"),
+        ({"prompt": "a dog", "latents": torch.zeros(1, 4, 16, 16), "size": "huge"}, ArgumentError, "size='huge'"),
         ({"prompt": ["a", "b"], "latents": torch.zeros(3, 4, 16, 16)}, TrajectoryError, r"expected \(1 or 2, 4, h, w\)"),
     ],
 )

@@ -219,6 +219,16 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "folder"]
 
 
+def test_a_saved_file_is_as_readable_as_any_other(tmp_path) -> None:
+    path = tmp_path / "a.safetensors"
+    (tmp_path / "plain").touch()
+    made().save(path)
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    path.chmod(0o640)
+    made().save(path)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_name_of_the_longest_length_can_be_saved(tmp_path) -> None:
     path = tmp_path / ("a" * 243 + ".safetensors")
     made().save(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import diffusers
@@ -343,6 +344,25 @@ def test_xl_decodes_and_encodes_in_single_precision_where_half_overflows(folders
     vae.register_to_config(force_upcast=False)
     model.encode_images([picture()])
     assert seen[2:] == [torch.float16]
+
+
+def test_two_pipelines_of_one_autoencoder_wait_for_each_other(folders) -> None:
+    one = Model.load(folders["xl"], dtype=torch.float16)
+    other = Model.of(type(one.pipeline)(**one.pipeline.components | {"unet": stable_diffusion_xl().unet.half()}))
+    inside, done = threading.Event(), threading.Event()
+
+    def decode() -> None:
+        inside.wait(10)
+        other.decode(noisy(1))
+        done.set()
+
+    thread = threading.Thread(target=decode)
+    thread.start()
+    with one._autoencoder() as vae:
+        inside.set()
+        assert not done.wait(1) and vae.dtype == torch.float32
+    thread.join()
+    assert done.is_set() and vae.dtype == torch.float16
 
 
 def test_a_compiled_unet_is_compiled_once_for_all_steps() -> None:

@@ -18,6 +18,7 @@ from p2p_subject.blip_diffusion.loading import (
 from p2p_subject.blip_diffusion.weights import read_json
 from p2p_subject.blip_diffusion.word_pieces import save_prompt_tokenizer, save_word_pieces
 from p2p_subject.errors import ModelError, did_you_mean
+from p2p_subject.outputs import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -148,5 +149,4 @@ class CheckpointMixin:
             else:
                 part.save_pretrained(folder / name)
         save_word_pieces(self.qformer_tokenizer, folder / TOKENIZER_FOLDER)
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model_index.json").write_text(text, encoding="utf-8")
+        atomic_write(folder / "model_index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from p2p_subject.blip_diffusion.weights import (
     check_weights,
@@ -17,6 +17,7 @@ from p2p_subject.blip_diffusion.weights import (
     write_tensors,
 )
 from p2p_subject.errors import ModelError
+from p2p_subject.outputs import atomic_write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,15 +100,8 @@ class Network(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**self.config.to_dict(), "architectures": [type(self).__name__]}
-        (folder / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        write_tensors(
-            self._cpu_state(), folder / (f"model.{variant}.safetensors" if variant else "model.safetensors")
-        )
-
-    def _cpu_state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        atomic_write(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_tensors(folder / (f"model.{variant}.safetensors" if variant else "model.safetensors"), self.state_dict())
 
 
 def _is_counter(name: str) -> bool:

@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from p2p_subject.errors import ModelError
+from p2p_subject.errors import ModelError, OutputError
+from p2p_subject.outputs import atomic_path
 
 __all__ = [
     "check_weights",
@@ -92,14 +93,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, replacing an older one only when the new one is complete."""
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"}
-    )
-    # The tensors may be mapped from the very file that is being replaced.
-    partial.replace(path)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; `OutputError` where that is not possible.
+
+    The tensors may be mapped from the very file that is replaced.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(kept, temporary, metadata or {"format": "pt"})
+        except SafetensorError as error:
+            raise OutputError(f"cannot write {str(path)!r} ({error}); make room there or give another place") from error
 
 
 def check_weights(

@@ -11,9 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from p2p_subject.blip_diffusion.weights import read_json
+from p2p_subject.blip_diffusion.weights import read_json, write_tensors
 from p2p_subject.errors import OutputError
-from p2p_subject.finetuning.result import write_tensors
 from p2p_subject.finetuning.stored import is_finetuned
 from p2p_subject.outputs import atomic_write
 

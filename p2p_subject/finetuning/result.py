@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
-from torch import Tensor
 
 from p2p_subject import __version__
-from p2p_subject.blip_diffusion.weights import check_weights, read_tensors
+from p2p_subject.blip_diffusion.weights import check_weights, read_tensors, write_tensors
 from p2p_subject.errors import ArgumentError, ModelError, ModelMismatchError, OutputError
 from p2p_subject.finetuning import network
 from p2p_subject.finetuning.settings import Settings
 from p2p_subject.finetuning.stored import FINETUNED, FORMAT, SUBJECT, WEIGHTS, read_finetuned, stored_subject
 from p2p_subject.fingerprint import fingerprint
 from p2p_subject.models import MINIATURE, Model
-from p2p_subject.outputs import atomic_path, atomic_write
+from p2p_subject.outputs import atomic_write
 from p2p_subject.subject import EmbeddedSubject
 
 if TYPE_CHECKING:
@@ -80,8 +78,6 @@ class Finetuned:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the folder {str(folder)!r}: {error.strerror or error}") from error
-        write_tensors(folder / WEIGHTS[self.settings.method], weights)
-        write_tensors(folder / SUBJECT, {"embedding": self.subject.embedding})
         name, origin = self.base
         values = {
             "format": FORMAT,
@@ -93,7 +89,10 @@ class Finetuned:
             "versions": {"p2p_subject": __version__, **_versions()},
             "history": list(self.history),
         }
-        atomic_write(folder / FINETUNED, json.dumps(values, indent=1) + "\n")
+        text = json.dumps(values, indent=1) + "\n"
+        write_tensors(folder / WEIGHTS[self.settings.method], weights)
+        write_tensors(folder / SUBJECT, {"embedding": self.subject.embedding})
+        atomic_write(folder / FINETUNED, text)
 
 
 def base_of(model: Model) -> tuple[str, str]:
@@ -148,6 +147,8 @@ def load_finetuned(folder: Path, *, base: Any = None, **options: Any) -> Finetun
 def _base(base: Any, stored: str, options: Mapping[str, Any]) -> Model:
     found = getattr(base, "model", base)
     if isinstance(found, Model):
+        if given := [name for name, value in options.items() if value is not None]:
+            raise ModelError(f"base={found.name!r} is loaded already, so {', '.join(given)} can have no effect; leave that out")
         return found
     name = stored if found is None else found
     try:
@@ -180,15 +181,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all; `OutputError` where that is not possible."""
-    from safetensors import SafetensorError
-
-    with atomic_path(path) as temporary:
-        try:
-            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(kept, temporary, metadata or {"format": "pt"})
-        except SafetensorError as error:
-            raise OutputError(f"cannot write {str(path)!r} ({error}); make room there or give another place") from error

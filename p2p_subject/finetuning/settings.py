@@ -74,9 +74,11 @@ class Settings:
             value = getattr(self, name)
             optional = value is None and name != "embedding_rate"
             _require(optional or (checks.is_number(value, 0) and value > 0), name, value, "a number above 0")
+            object.__setattr__(self, name, None if value is None else float(value))
         for name in ("weight_decay", "prior_weight"):
             value = getattr(self, name)
             _require(checks.is_number(value, 0), name, value, "a number of 0 or more")
+            object.__setattr__(self, name, float(value))
         for name in ("train_embedding", "gradient_checkpointing"):
             value = getattr(self, name)
             _require(isinstance(value, bool), name, value, "True or False")
@@ -90,7 +92,7 @@ class Settings:
     @property
     def rate(self) -> float:
         """The learning rate of the U-Net."""
-        return RATES[self.method] if self.learning_rate is None else float(self.learning_rate)
+        return RATES[self.method] if self.learning_rate is None else self.learning_rate
 
     @property
     def lora_alpha(self) -> float:
