@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -155,7 +154,7 @@ def run_case(settings: Settings, case: Case, out: Path) -> None:
         unet=learner.unet,
         groups=learner.groups,
         sets=sets,
-        scheduler=DDIMScheduler.from_config(model.pipeline.scheduler.config),
+        scheduler=model.noise_levels(),
         seed=case.seed,
     )
     clock.stop()

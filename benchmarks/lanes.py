@@ -31,6 +31,7 @@ class Lane:
 
     def row(self, task: Task) -> Row:
         """The row of a case, in the process. Raises `RunError` where none can be begun, and where one dies time after time."""
+        row = None
         running = self._submitted(task)
         try:
             row = running.result()
@@ -39,7 +40,7 @@ class Lane:
                 return row
         except BrokenProcessPool:
             # Of a pool of one process this case alone was being run.
-            row = row_of_death(self.settings, self.device, self.fingerprint, *task)
+            row = row or row_of_death(self.settings, self.device, self.fingerprint, *task)
         self.close()
         self.deaths += 1
         if self.deaths == MOST_DEATHS:
@@ -88,7 +89,7 @@ def in_lanes(
     for lane in lanes:
         idle.put(lane)
 
-    failures: list[RunError] = []
+    failures: list[Exception] = []
 
     def row(task: Task) -> Row | None:
         # What the other lanes are at when one ends the run is kept; nothing more is begun.
@@ -97,7 +98,7 @@ def in_lanes(
         lane = idle.get()
         try:
             return lane.row(task)
-        except RunError as error:
+        except Exception as error:
             failures.append(error)
             return None
         finally:

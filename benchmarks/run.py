@@ -5,7 +5,8 @@
 
 The same command goes on where a killed run stopped; more methods, kinds or cases may be added to a folder, other settings not.
 A case that raises an error is a row with its error, and counts as failed; so does one that ends its process (out of memory),
-where several processes or devices share the work: with one, it ends the run. Methods: see `benchmarks.methods`.
+where several processes or devices share the work: with one, it ends the run, and so does a GPU that then takes no more work.
+Methods: see `benchmarks.methods`.
 """
 
 from __future__ import annotations
@@ -100,11 +101,13 @@ def rows_of(
         return
     worker = Worker(settings, devices[0])
     worker.warm_up()
+    failed = None
     for task in tasks:
+        if failed is not None and lost(devices[0]):
+            raise RunError(f"{devices[0]} takes no more work after {failed}; the same command goes on")
         row = worker.row(*task)
+        failed = f"{row['case']} by {row['method']}" if "error" in row else None
         yield row
-        if "error" in row and lost(devices[0]):
-            raise RunError(f"{devices[0]} takes no more work after {row['case']} by {row['method']}; the same command goes on")
 
 
 def measure(

@@ -185,7 +185,7 @@ class Editor:
         Raises `ArgumentError` for another method or option.
         """
         model = self.model
-        inverting.check(method, options, record=record)
+        inverting.check(method, options, scale=model.guidance_scale, record=record)
         model.require_controllable()
         schedule = model.schedule(steps)
         words = model.layout(prompt)

@@ -76,7 +76,7 @@ def generate(
 ) -> list[Source]:
     """Generate the pictures in one batch; see `Editor.generate`."""
     model.require_structure(structure)
-    if structure is not None and size is None:
+    if structure is not None and size is None and latents is None:
         size = fit(structure.picture, multiple=model.multiple, area=model.area)[1].model_size
     schedule = model.schedule(steps)
     layouts = [model.layout(row.prompt, subject=row.subject is not None) for row in wanted]

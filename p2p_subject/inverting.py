@@ -144,8 +144,11 @@ OPTIONS: dict[str, tuple[Check, str, bool]] = {
 """Of each option: whether a value will do, what is expected in words, and whether it may be None."""
 
 
-def check(method: str, options: dict[str, Any], *, record: bool = False) -> None:
-    """Raise `ArgumentError` for a method there is not, or an option or value that it does not take; runs nothing."""
+def check(method: str, options: dict[str, Any], *, scale: float | None = None, record: bool = False) -> None:
+    """Raise `ArgumentError` for a method there is not, or an option or value that it does not take; runs nothing.
+
+    `scale` is the guidance scale that holds where the options have none.
+    """
     if method not in METHODS:
         raise ArgumentError(f"method={method!r};{did_you_mean(str(method), METHODS)} expected one of {list(METHODS)}")
     if record:
@@ -161,7 +164,8 @@ def check(method: str, options: dict[str, Any], *, record: bool = False) -> None
             continue
         if not fits(value):
             raise ArgumentError(f"{name}={value!r}; expected {expected}")
-    if method == "null_text" and options.get("guidance_scale") == 1:
+    guidance = options.get("guidance_scale")
+    if method == "null_text" and (scale if guidance is None else guidance) == 1:
         raise ArgumentError("guidance_scale=1 is no guidance, which null-text inversion is for; expected another, such as 7.5")
 
 

@@ -207,14 +207,10 @@ class Model:
         Raises `StepsError` outside 1 to the number of training steps, `ScheduleError` for schedulers that are not of
         diffusion.
         """
-        # Without diffusers' notes on which values were defaults, or a pipeline and its saved folder would differ.
-        config = {name: value for name, value in self.pipeline.scheduler.config.items() if not name.startswith("_")}
-        train = config.get("num_train_timesteps", 1000)
+        train = self.pipeline.scheduler.config.get("num_train_timesteps", 1000)
         if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= train // 2:
             raise StepsError(f"steps={steps!r}; expected a whole number between 1 and {train // 2}, such as 50")
-        if "beta_schedule" not in config:
-            raise ScheduleError(f"{self.pipeline.scheduler.__class__.__name__} has no betas; load a diffusion scheduler")
-        ddim = DDIMScheduler.from_config(config)
+        ddim = self.noise_levels()
         ddim.set_timesteps(int(steps))
         timesteps = tuple(int(t) for t in ddim.timesteps)
         # Steps that do not divide the training steps leave a gap at the noisy end; a wide one breaks generation and inversion.
@@ -226,6 +222,21 @@ class Model:
         alphas = tuple(float(ddim.alphas_cumprod[t]) for t in timesteps)
         final = 1.0 if timesteps[-1] == 0 else float(ddim.final_alpha_cumprod)
         return Schedule(timesteps, alphas, final, ddim.config.prediction_type)
+
+    def noise_levels(self) -> DDIMScheduler:
+        """The model's scheduler as DDIM: its noise levels, and its spacing of timesteps unless that is a sampler's own.
+
+        Raises `ScheduleError` for schedulers that are not of diffusion.
+        """
+        scheduler = self.pipeline.scheduler
+        if "beta_schedule" not in scheduler.config:
+            raise ScheduleError(f"{type(scheduler).__name__} has no betas; load a diffusion scheduler")
+        # Without diffusers' note on which values were defaults, or a pipeline and its saved folder would differ.
+        config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+        if config.get("timestep_spacing") == "linspace":
+            # What samplers space by unless told otherwise; no model is trained for it.
+            config["timestep_spacing"] = "leading"
+        return DDIMScheduler.from_config(config)
 
     def layout(self, prompt: str, *, subject: bool = False) -> TokenLayout:
         """What the text encoder sees for `prompt`, with room for a subject if asked.

@@ -465,6 +465,11 @@ def test_generation_is_that_of_the_pipeline_of_diffusers(editor) -> None:
     assert (free.trajectory.clean - theirs).abs().max() > 0.1 * theirs.abs().max()
 
 
+def test_given_latents_say_the_size_whatever_the_control_pictures_is(first) -> None:
+    source = first.generate("a cat", steps=2, latents=torch.zeros(1, 4, 8, 8), control=control_image(photo(40, 24), "canny"))
+    assert source.image.size == (16, 16)
+
+
 def test_without_strength_it_is_the_model_without_a_controlnet(first) -> None:
     plain = Editor.from_pipeline(stable_diffusion_1())
     expected = plain.generate("a cat", seed=0, steps=STEPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -63,6 +64,13 @@ def test_a_failure_that_leaves_the_device_unusable_counts_as_a_death(miniature_f
         assert row["error"] == "RuntimeError: not this one" and (lane.pool, lane.deaths) == (None, 1)
     finally:
         lane.close()
+    # Its row is kept, whatever becomes of the process.
+    monkeypatch.setattr(lanes, "lost", importlib.import_module("my_methods").dying)
+    lane = lanes.Lane(settings, "cpu", "")
+    try:
+        assert lane.row(("my_methods:picky", "swap", "swap-0001"))["error"] == "RuntimeError: not this one" and lane.deaths == 1
+    finally:
+        lane.close()
     with pytest.raises(RunError, match="cpu takes no more work after swap-0001 by my_methods:picky; the same command goes on"):
         run.measure(settings)
     assert [row["case"] for row in read_rows(mine / "out")] == ["swap-0000", "swap-0001"]
@@ -75,7 +83,8 @@ def test_what_other_lanes_are_at_is_kept_when_one_ends_the_run(miniature_folder:
         both.wait()
         if task[2] == "swap-0000":
             raise RunError("no more")
-        time.sleep(0.1)
+        # Until the other has ended the run.
+        time.sleep(0.5)
         return {"case": task[2]}
 
     monkeypatch.setattr(lanes.Lane, "row", row)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -123,7 +122,7 @@ class _Run:
             unet=self.unet,
             groups=[(weights, settings.rate), *learned_embedding],
             sets=sets,
-            scheduler=DDIMScheduler.from_config(model.pipeline.scheduler.config),
+            scheduler=model.noise_levels(),
             batch=settings.batch,
             weight_decay=settings.weight_decay,
             seed=settings.seed,

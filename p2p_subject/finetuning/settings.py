@@ -69,6 +69,7 @@ class Settings:
             value = getattr(self, name)
             whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= low
             _require(whole, name, value, f"a whole number of {low} or more")
+            _require(name != "seed" or value <= checks.LAST_SEED, name, value, checks.SEED)
             object.__setattr__(self, name, int(value))
         for name in ("learning_rate", "embedding_rate", "alpha"):
             value = getattr(self, name)
