@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from threading import Barrier
@@ -53,24 +53,35 @@ def test_processes_that_die_time_after_time_end_the_run(miniature_folder: Path, 
 
 
 def test_a_failure_that_leaves_the_device_unusable_counts_as_a_death(miniature_folder: Path, mine: Path, monkeypatch) -> None:
-    # Of any device it says that it takes no more work.
-    monkeypatch.setattr(lanes, "lost", bool)
-    monkeypatch.setattr(run, "lost", bool)
+    rows = {"swap-0000": {"case": "swap-0000"}, "swap-0001": {"case": "swap-0001", "error": "illegal memory access"}}
+
+    class Pool:
+        """Runs nothing: has rows, and says, or dies of saying, whether the device takes more work."""
+
+        def __init__(self, lost: bool | Exception) -> None:
+            self.lost = lost
+
+        def submit(self, function, *given: str) -> Future:
+            future: Future = Future()
+            if function is lanes.work:
+                future.set_result(rows[given[2]])
+            elif isinstance(self.lost, Exception):
+                future.set_exception(self.lost)
+            else:
+                future.set_result(self.lost)
+            return future
+
+        def shutdown(self) -> None:
+            pass
+
     settings = settings_of(miniature_folder, mine / "out", "my_methods:picky", count=4)
-    lane = lanes.Lane(settings, "cpu", "")
-    try:
-        assert "error" not in lane.row(("my_methods:picky", "swap", "swap-0000")) and lane.pool is not None
-        row = lane.row(("my_methods:picky", "swap", "swap-0001"))
-        assert row["error"] == "RuntimeError: not this one" and (lane.pool, lane.deaths) == (None, 1)
-    finally:
-        lane.close()
-    # Its row is kept, whatever becomes of the process.
-    monkeypatch.setattr(lanes, "lost", importlib.import_module("my_methods").dying)
-    lane = lanes.Lane(settings, "cpu", "")
-    try:
-        assert lane.row(("my_methods:picky", "swap", "swap-0001"))["error"] == "RuntimeError: not this one" and lane.deaths == 1
-    finally:
-        lane.close()
+    for answer, deaths in ((False, 0), (True, 1), (BrokenProcessPool("killed"), 1)):
+        lane = lanes.Lane(settings, "cpu", "")
+        lane.pool = Pool(answer)
+        assert [lane.row(("my_methods:picky", "swap", case)) for case in rows] == list(rows.values())
+        assert lane.deaths == deaths and (lane.pool is None) == (deaths == 1)
+    # In one process, the run ends before the next case.
+    monkeypatch.setattr(run, "lost", lambda device: True)
     with pytest.raises(RunError, match="cpu takes no more work after swap-0001 by my_methods:picky; the same command goes on"):
         run.measure(settings)
     assert [row["case"] for row in read_rows(mine / "out")] == ["swap-0000", "swap-0001"]
