@@ -93,22 +93,27 @@ def asked_of(row: Row) -> list[tuple[str, str]]:
 
 def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows: int = 8) -> Image.Image | None:
     """What the methods returned for some cases, evenly from the one that `against` did worst on to its best; None without
-    pictures."""
+    pictures. A method has its column, which is blank where it has no picture."""
     axes = axes_of(suite)
     order = worst_first(section, suite, against)
     count = min(rows, len(order))
     cases = [order[round(at * (len(order) - 1) / max(1, count - 1))] for at in range(count)]
+    of_cases = [section.of_case(case) for case in cases]
+    shown = [name for name in section.rows if any("edited" in own.get(name, {}).get("pictures", {}) for own in of_cases)]
     panels = []
-    for case in cases:
-        own = section.of_case(case)
-        asked, made = asked_of(telling(own)), []
-        for name, row in own.items():
+    for own in of_cases:
+        row_panels = [(text, Image.open(folder / path)) for text, path in asked_of(telling(own))]
+        for name in shown:
+            row = own.get(name, {})
+            if "edited" not in row.get("pictures", {}):
+                row_panels.append((f"{name}: {'failed' if 'error' in row else '-'}", Image.new("RGB", (8, 8), "white")))
+                continue
             values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
-            if "edited" in row["pictures"]:
-                made.append((f"{label(name, row)}: {', '.join(filter(None, values))}", row["pictures"]["edited"]))
-        panels.append([(text, Image.open(folder / path)) for text, path in [*asked, *made]])
-    shown = ", ".join(measure.title for measure in axes)
-    title = f"{section.kind}: from the worst of {section.leading(against)} to its best; {shown}"
+            text = f"{label(name, row)}: {', '.join(filter(None, values))}"
+            row_panels.append((text, Image.open(folder / row["pictures"]["edited"])))
+        panels.append(row_panels)
+    measured = ", ".join(measure.title for measure in axes)
+    title = f"{section.kind}: from the worst of {section.leading(against)} to its best; {measured}"
     return contact_sheet(panels, panel=112, title=title) if any(panels) else None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from benchmarks import report
+from benchmarks.report_page import sheet
 from benchmarks.report_tables import grouped, sections, shared, worst_first
 from benchmarks.run_folder import read_rows, read_settings
 from benchmarks.world_suite import WorldSuite
@@ -91,6 +93,17 @@ def test_the_page_is_one_file_with_everything_in_it(tmp_path: Path) -> None:
     again = made_run(tmp_path / "again")
     report.report(again, against="bad", shown=4)
     assert (again / "report.html").read_text() == html
+
+
+def test_a_method_has_its_column_on_the_sheet_where_it_has_no_picture(tmp_path: Path) -> None:
+    folder = made_run(tmp_path)
+    rows = read_rows(folder)
+    (section,) = sections(rows, WorldSuite, ["good", "bad"], "good")
+    whole = sheet(folder, WorldSuite, section, "good")
+    kept = [row for row in rows if row["method"] == "bad" or row["case"] > "swap-0000"]
+    (section,) = sections(kept, WorldSuite, ["good", "bad"], "bad")
+    some = sheet(folder, WorldSuite, section, "bad")
+    assert some.size == whole.size and not np.array_equal(some, whole)
 
 
 def test_a_report_goes_without_pictures_that_are_gone(tmp_path: Path) -> None:
