@@ -15,7 +15,7 @@ from benchmarks import lanes, report, run
 from benchmarks.run_folder import RunError, read_rows
 from tests.benchmarking import Page, settings_of
 
-pytestmark = pytest.mark.usefixtures("own_threads")
+pytestmark = [pytest.mark.usefixtures("own_threads"), pytest.mark.once]
 
 
 def test_several_processes_give_the_same_rows_and_pictures(miniature_folder: Path, tmp_path: Path) -> None:
