@@ -15,7 +15,7 @@ from benchmarks.run_folder import Row
 from benchmarks.statistics import mean
 from benchmarks.suite import Measure, Suite
 from p2p_subject.errors import ArgumentError
-from p2p_subject.viz import contact_sheet
+from p2p_subject.viz import Panel, contact_sheet
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SIDE = 256
@@ -102,19 +102,19 @@ def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows
     shown = [name for name in section.rows if any("edited" in own.get(name, {}).get("pictures", {}) for own in of_cases)]
     panels = []
     for own in of_cases:
-        row_panels = [(text, Image.open(folder / path)) for text, path in asked_of(telling(own))]
-        for name in shown:
-            row = own.get(name, {})
-            if "edited" not in row.get("pictures", {}):
-                row_panels.append((f"{name}: {'failed' if 'error' in row else '-'}", Image.new("RGB", (8, 8), "white")))
-                continue
-            values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
-            text = f"{label(name, row)}: {', '.join(filter(None, values))}"
-            row_panels.append((text, Image.open(folder / row["pictures"]["edited"])))
-        panels.append(row_panels)
+        asked = [(text, Image.open(folder / path)) for text, path in asked_of(telling(own))]
+        panels.append([*asked, *(made_panel(folder, name, own.get(name, {}), axes) for name in shown)])
     measured = ", ".join(measure.title for measure in axes)
     title = f"{section.kind}: from the worst of {section.leading(against)} to its best; {measured}"
     return contact_sheet(panels, panel=112, title=title) if any(panels) else None
+
+
+def made_panel(folder: Path, name: str, row: Row, axes: Sequence[Measure]) -> Panel:
+    """Caption and picture of what a method returned; blank where there is nothing."""
+    if "edited" not in row.get("pictures", {}):
+        return f"{name}: {'failed' if 'error' in row else '-'}", Image.new("RGB", (8, 8), "white")
+    values = [short(measure, row["metrics"].get(measure.name), named=False) for measure in axes]
+    return f"{label(name, row)}: {', '.join(filter(None, values))}", Image.open(folder / row["pictures"]["edited"])
 
 
 def axes_of(suite: type[Suite]) -> list[Measure]:

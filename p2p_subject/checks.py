@@ -31,6 +31,11 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
         return False
 
 
+def is_whole(value: Any, low: int, high: float = math.inf) -> bool:
+    """Whether this is a whole number in a range; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+
+
 def window(value: Any, name: str) -> Window:
     """Read a fraction f as (0, f); check that a pair lies in [0, 1] and is ordered."""
     pair = tuple(value) if isinstance(value, list | tuple) else (0.0, value)
@@ -60,7 +65,7 @@ def fraction(value: Any, name: str) -> float:
 
 def whole(value: Any, name: str, low: int, expected: str, high: float = math.inf) -> int:
     """A whole number from `low` to `high`; `expected` says so in words."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+    if not is_whole(value, low, high):
         raise EditSpecError(f"{name}={value!r}; expected {expected}")
     return int(value)
 
@@ -76,8 +81,7 @@ def choice(value: Any, name: str, choices: Collection[str]) -> str:
 def word(value: Any, name: str) -> Word:
     """A word of a prompt; a pair comes as a list from JSON."""
     text, index = value if isinstance(value, list | tuple) and len(value) == 2 else (value, 0)
-    counts = isinstance(index, Integral) and not isinstance(index, bool) and index >= 0
-    if not isinstance(text, str) or not text.strip() or not counts:
+    if not isinstance(text, str) or not text.strip() or not is_whole(index, 0):
         raise EditSpecError(
             f"{name}={value!r}; expected a word or phrase of the prompt, such as 'cat', or where it occurs more than once a "
             "pair of it and its index from 0, such as ('cat', 1)"

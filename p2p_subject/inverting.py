@@ -6,7 +6,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -129,7 +128,7 @@ def _number(low: float, high: float = math.inf) -> Check:
 
 
 def _whole(low: int, high: float = math.inf) -> Check:
-    return lambda value: isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
+    return lambda value: checks.is_whole(value, low, high)
 
 
 Check = Callable[[Any], bool]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -16,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from inversion import Move, Schedule, ScheduleError, StepsError, require_finite, to_epsilon
+from p2p_subject import checks
 from p2p_subject.attention import controlled_attention
 from p2p_subject.blip_diffusion.weights import read_json
 from p2p_subject.context import Context
@@ -208,7 +208,7 @@ class Model:
         diffusion.
         """
         train = self.pipeline.scheduler.config.get("num_train_timesteps", 1000)
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or not 1 <= steps <= train // 2:
+        if not checks.is_whole(steps, 1, train // 2):
             raise StepsError(f"steps={steps!r}; expected a whole number between 1 and {train // 2}, such as 50")
         ddim = self.noise_levels()
         ddim.set_timesteps(int(steps))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from torch import Generator, Tensor
 
+from p2p_subject import checks
 from p2p_subject.blip_diffusion.image_processor import is_batch
 from p2p_subject.errors import (
     ArgumentError,
@@ -139,7 +140,7 @@ def steps(value: Any, most: int) -> int:
     Raises:
         StepsError: it is none.
     """
-    if not _is_whole(value) or value > most:
+    if not checks.is_whole(value, 1, most):
         raise StepsError(
             f"num_inference_steps is {value!r}; expected a whole number from 1 to {most}, such as 50."
         )
@@ -152,7 +153,7 @@ def size(value: Any, name: str, factor: int) -> int:
     Raises:
         ImageError: the value is no positive multiple of `factor`.
     """
-    if not _is_whole(value) or value % factor:
+    if not checks.is_whole(value, 1) or value % factor:
         raise ImageError(f"{name} is {value!r}; expected a positive multiple of {factor} pixels.")
     return value
 
@@ -163,7 +164,7 @@ def count(value: Any, name: str) -> int:
     Raises:
         ArgumentError: it is none.
     """
-    if not _is_whole(value):
+    if not checks.is_whole(value, 1):
         raise ArgumentError(f"{name} is {value!r}; expected a whole number of 1 or more.")
     return value
 
@@ -261,7 +262,3 @@ def generators(value: Any, number: int) -> Generator | list[Generator] | None:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1

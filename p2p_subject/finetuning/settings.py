@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral
 from typing import Any
 
 from p2p_subject import checks
@@ -67,8 +66,7 @@ class Settings:
             raise ArgumentError(f"method={self.method!r};{close} expected 'lora' or 'full'")
         for name, low in _WHOLE.items():
             value = getattr(self, name)
-            whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= low
-            _require(whole, name, value, f"a whole number of {low} or more")
+            _require(checks.is_whole(value, low), name, value, f"a whole number of {low} or more")
             _require(name != "seed" or value <= checks.LAST_SEED, name, value, checks.SEED)
             object.__setattr__(self, name, int(value))
         for name in ("learning_rate", "embedding_rate", "alpha"):
