@@ -92,9 +92,7 @@ def word_pieces(folder: Path):
     return load_word_pieces(folder)
 
 
-def tiny_pipeline(
-    folder: Path, seed: int = 0, positions: int = TEXT.max_position_embeddings
-) -> BlipDiffusionPipeline:
+def tiny_pipeline(folder: Path, seed: int = 0, positions: int = TEXT.max_position_embeddings) -> BlipDiffusionPipeline:
     """Build the pipeline with random weights and room for `positions` letters; `folder` takes the vocabularies."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(

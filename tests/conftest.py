@@ -35,9 +35,7 @@ def golden(path: str) -> Path:
     """Return a golden file or folder, or skip the test that needs it."""
     folder = golden_dir()
     if folder is None or not (folder / path).exists():
-        pytest.skip(
-            f"golden values {path!r} are not here: {folder or 'no folder of golden values'} lacks them"
-        )
+        pytest.skip(f"golden values {path!r} are not here: {folder or 'no folder of golden values'} lacks them")
     return folder / path
 
 

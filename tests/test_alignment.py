@@ -60,19 +60,12 @@ def seen(text, subject=0, tokenizer=TOKENIZER):
 
 def mapped(alignment):
     """The alignment as {target column: {source column: weight}}."""
-    return {
-        j: {i: round(w, 6) for i, w in enumerate(column.tolist()) if w}
-        for j, column in enumerate(alignment.matrix.T)
-    }
+    return {j: {i: round(w, 6) for i, w in enumerate(column.tolist()) if w} for j, column in enumerate(alignment.matrix.T)}
 
 
 def token_columns(source, target):
     """The alignment over prompt tokens, as source columns by target column, numbered from the start token."""
-    return {
-        j: sorted(rows)
-        for j, rows in mapped(align(source, target, replaced="map")).items()
-        if j in target.content
-    }
+    return {j: sorted(rows) for j, rows in mapped(align(source, target, replaced="map")).items() if j in target.content}
 
 
 # The published formulas, written again from their description, on token ids and word columns.

@@ -103,9 +103,9 @@ def checkpoint(request, tmp_path):
 
 def test_script_of_the_model_card_runs_with_the_import_changed(checkpoint):
     folder, words = checkpoint
-    blip_diffusion_pipe = BlipDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float16, qformer_tokenizer=words
-    ).to("cpu")
+    blip_diffusion_pipe = BlipDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16, qformer_tokenizer=words).to(
+        "cpu"
+    )
     cond_subject = "dog"
     tgt_subject = "dog"
     text_prompt_input = "swimming underwater"

@@ -46,9 +46,7 @@ def broken(saved, tmp_path):
 
 def generate(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        "sea", picture(0), "red panda", "dog", num_inference_steps=3, output_type="pt", generator=seeded()
-    ).images
+    return pipeline("sea", picture(0), "red panda", "dog", num_inference_steps=3, output_type="pt", generator=seeded()).images
 
 
 def change_weights(folder, component, change):
@@ -140,9 +138,7 @@ def test_the_float_type_asked_for_is_that_of_every_network(saved, dtype):
 def test_variants_are_written_and_read_by_name(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "qformer" / "model.fp16.safetensors").is_file()
-    assert torch.equal(
-        generate(BlipDiffusionPipeline.from_pretrained(tmp_path, variant="fp16")), generate(pipeline)
-    )
+    assert torch.equal(generate(BlipDiffusionPipeline.from_pretrained(tmp_path, variant="fp16")), generate(pipeline))
     with pytest.raises(ModelError, match=r"has model\.fp16\.safetensors: pass the matching variant"):
         BlipDiffusionPipeline.from_pretrained(tmp_path)
 

@@ -32,9 +32,7 @@ def test_the_subject_stands_where_it_is_put(text_encoder):
     table = text_encoder.text_model.embeddings.token_embedding.weight
     with torch.no_grad():
         plain = text_encoder(ids)
-        spliced = text_encoder(
-            torch.cat([ids[:, :2], ids[:, 5:]], dim=1), table[None, 2:5], context_position=2
-        )
+        spliced = text_encoder(torch.cat([ids[:, :2], ids[:, 5:]], dim=1), table[None, 2:5], context_position=2)
     assert torch.equal(plain, spliced)
 
 
@@ -81,9 +79,7 @@ def test_too_many_tokens_for_the_positions_are_refused(text_encoder):
         text_encoder(torch.zeros(1, 21, dtype=torch.long), torch.zeros(1, 4, TEXT.hidden_size))
 
 
-@pytest.mark.parametrize(
-    "shape", [(2, 4, TEXT.hidden_size), (1, 4, TEXT.hidden_size + 1), (4, TEXT.hidden_size)]
-)
+@pytest.mark.parametrize("shape", [(2, 4, TEXT.hidden_size), (1, 4, TEXT.hidden_size + 1), (4, TEXT.hidden_size)])
 def test_a_context_of_another_shape_is_refused(text_encoder, shape):
     with pytest.raises(ModelError, match="number of queries"):
         text_encoder(torch.zeros(1, 8, dtype=torch.long), torch.zeros(shape))
@@ -173,9 +169,7 @@ def test_every_weight_receives_a_gradient():
     unread = ("encoder.layer.1.intermediate.", "encoder.layer.1.output.")
     for network in (text_encoder, qformer):
         for name, parameter in network.named_parameters():
-            assert parameter.grad is not None and (
-                name.startswith(unread) or parameter.grad.abs().sum() > 0
-            ), name
+            assert parameter.grad is not None and (name.startswith(unread) or parameter.grad.abs().sum() > 0), name
 
 
 def test_dropout_acts_in_training_only():

@@ -48,9 +48,7 @@ def test_every_output_type_is_the_same_picture(pipeline):
     assert np.array_equal(array, tensor.permute(0, 2, 3, 1).numpy())
     assert np.array_equal(np.asarray(image), (array[0] * 255).round().astype(np.uint8))
     assert latents.shape == (1, 4, 8, 8)
-    as_tuple = pipeline(
-        "sea", picture(0), "dog", "dog", num_inference_steps=3, generator=seeded(), return_dict=False
-    )
+    as_tuple = pipeline("sea", picture(0), "dog", "dog", num_inference_steps=3, generator=seeded(), return_dict=False)
     assert np.array_equal(np.asarray(as_tuple[0][0]), np.asarray(image))
 
 
@@ -101,9 +99,7 @@ def test_both_spellings_of_the_negative_prompt_agree(pipeline):
 def test_a_batch_equals_its_rows(pipeline):
     prompts, pictures, sources = ["sea", "sun"], [picture(0), picture(1, 30, 60)], ["dog", "red panda"]
     targets, negatives = ["cat", "dog"], ["blur", ""]
-    together = generate(
-        pipeline, prompts, pictures, sources, targets, neg_prompt=negatives, generator=(seeded(0), seeded(1))
-    )
+    together = generate(pipeline, prompts, pictures, sources, targets, neg_prompt=negatives, generator=(seeded(0), seeded(1)))
     alone = [
         generate(pipeline, *row[:4], neg_prompt=row[4], generator=seeded(index))
         for index, row in enumerate(zip(prompts, pictures, sources, targets, negatives, strict=True))
@@ -138,9 +134,7 @@ def test_embeddings_stand_for_the_pictures(pipeline):
     first, second = (pipeline.subject_embeddings(picture(seed), "dog") for seed in (0, 1))
     expected = generate(pipeline)
     direct = {"num_inference_steps": 3, "output_type": "pt", "target_subject_category": "dog"}
-    assert torch.equal(
-        pipeline("sea", subject_embeddings=first, generator=seeded(), **direct).images, expected
-    )
+    assert torch.equal(pipeline("sea", subject_embeddings=first, generator=seeded(), **direct).images, expected)
     line = torch.lerp(first, second, torch.linspace(0, 1, 3)[:, None, None])
     images = pipeline("sea", subject_embeddings=line, generator=[seeded() for _ in range(3)], **direct).images
     assert torch.allclose(images[:1], expected, atol=1e-5)
@@ -154,9 +148,7 @@ def test_a_prompt_fills_the_window_with_and_without_a_subject(pipeline):
     subject = pipeline.subject_embeddings(picture(0), "dog")
     assert pipeline.encode_prompt("a dog").shape == (1, 24, 24)
     assert pipeline.encode_prompt(["a dog", "a cat"], subject).shape == (2, 24, 24)
-    assert torch.equal(
-        pipeline.encode_prompt("a dog")[:, :2], pipeline.encode_prompt("a dog", subject)[:, :2]
-    )
+    assert torch.equal(pipeline.encode_prompt("a dog")[:, :2], pipeline.encode_prompt("a dog", subject)[:, :2])
 
 
 def test_a_prompt_that_does_not_fit_is_refused_or_cut_on_request(pipeline):
@@ -195,11 +187,7 @@ def test_the_callback_sees_every_step_and_may_change_it(pipeline):
 
     def zero_last(pipe, step, timestep, values):
         seen.append(step)
-        return (
-            {"latents": torch.zeros_like(values["latents"])}
-            if step == len(pipe.scheduler.timesteps) - 1
-            else {}
-        )
+        return {"latents": torch.zeros_like(values["latents"])} if step == len(pipe.scheduler.timesteps) - 1 else {}
 
     latents = generate(pipeline, callback_on_step_end=zero_last, output_type="latent")
     assert seen == list(range(len(pipeline.scheduler.timesteps))) and not latents.any()
@@ -250,6 +238,4 @@ def test_networks_work_with_weights_that_are_fetched_layer_by_layer(tmp_path):
     for network in (pipeline.text_encoder, pipeline.qformer):
         accelerate.cpu_offload(network, torch.device("cpu"), offload_buffers=True)
     assert pipeline.qformer.query_tokens.device.type == "meta"
-    assert torch.equal(
-        pipeline.encode_prompt("a dog", pipeline.subject_embeddings(picture(0), "dog")), expected
-    )
+    assert torch.equal(pipeline.encode_prompt("a dog", pipeline.subject_embeddings(picture(0), "dog")), expected)

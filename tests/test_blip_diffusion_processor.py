@@ -91,9 +91,7 @@ def test_what_is_no_picture_is_refused(bad):
         BlipImageProcessor(size=32).preprocess(bad)
 
 
-@pytest.mark.parametrize(
-    "options", [{"size": {"shortest_edge": 3}}, {"image_mean": [1, 2]}, {"image_std": "x"}]
-)
+@pytest.mark.parametrize("options", [{"size": {"shortest_edge": 3}}, {"image_mean": [1, 2]}, {"image_std": "x"}])
 def test_impossible_processors_are_refused(options):
     with pytest.raises(ModelError, match=next(iter(options))):
         BlipImageProcessor(**options)
@@ -103,7 +101,5 @@ def test_samples_become_pictures():
     samples = torch.tensor([-1.5, -1.0, 0.0, 1.0]).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
     expected = torch.tensor([[0.0, 0.0], [0.5, 1.0]])
     assert torch.equal(BlipImageProcessor.postprocess(samples, "pt")[0, 0], expected)
-    assert np.array_equal(
-        BlipImageProcessor.postprocess(samples.bfloat16(), "np")[0, :, :, 0], expected.numpy()
-    )
+    assert np.array_equal(BlipImageProcessor.postprocess(samples.bfloat16(), "np")[0, :, :, 0], expected.numpy())
     assert np.asarray(BlipImageProcessor.postprocess(samples)[0])[..., 0].tolist() == [[0, 0], [128, 255]]

@@ -138,8 +138,10 @@ def test_hidden_pixels_are_seen_by_no_row_that_they_are_hidden_from(pixels: int)
         def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
             cross = encoder_hidden_states is not None
             states = encoder_hidden_states if cross else hidden_states
-            q, k, v = (f(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f, x in
-                       ((attn.to_q, hidden_states), (attn.to_k, states), (attn.to_v, states)))
+            q, k, v = (
+                f(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for f, x in ((attn.to_q, hidden_states), (attn.to_k, states), (attn.to_v, states))
+            )
             if not cross and q.shape[2] <= pixels:
                 q, k = (torch.cat([x[:2], x[:1]]) for x in (q, k))
             maps = (q @ k.transpose(-1, -2) * attn.scale).softmax(-1)

@@ -273,9 +273,7 @@ def test_a_generated_source_can_be_edited_and_its_subject_swapped(editor, dog) -
 def test_a_subject_the_source_was_generated_with_stays_in_a_text_edit(editor, dog) -> None:
     source = editor.generate("a dog on grass", subject=dog, seed=0, steps=STEPS)
     text = EditSpec(prompt="a dog on sand", cross_replace=0, self_replace=0, blend=None)
-    expected = editor.generate(
-        "a dog on sand", subject=dog, latents=source.trajectory.noise, steps=STEPS, guidance_scale=2.0
-    )
+    expected = editor.generate("a dog on sand", subject=dog, latents=source.trajectory.noise, steps=STEPS, guidance_scale=2.0)
     assert (editor.edit(source, text, guidance_scale=2.0).latents - expected.trajectory.clean).abs().max() < 1e-4
 
 

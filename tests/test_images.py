@@ -45,9 +45,7 @@ def png_16_bit(levels: np.ndarray) -> bytes:
     """A (H, W, 3) uint16 picture as a PNG file, which Pillow can read but not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     height, width, _ = levels.shape
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
@@ -158,9 +156,7 @@ class TestLoadImage:
         levels = np.linspace(0, 65535, 128, dtype=np.uint16).reshape(8, 16)
         deep = Image.open(io.BytesIO(b"P5 16 8 65535\n" + levels.astype(">u2").tobytes()))
         deep.getexif()[ORIENTATION] = LEFT_SIDE_DOWN
-        np.testing.assert_array_equal(
-            np.asarray(load_image(deep))[..., 0], np.rint(np.rot90(levels, -1) / 257)
-        )
+        np.testing.assert_array_equal(np.asarray(load_image(deep))[..., 0], np.rint(np.rot90(levels, -1) / 257))
 
     def test_16_bit_colour_png(self):
         levels = noise(12, 16, 3)
@@ -246,9 +242,7 @@ class TestRefusedImages:
     @pytest.mark.parametrize("size", [(1, 1), (MIN_SIDE - 1, 64), (1, 5000), (5000, 1), (0, 0)])
     def test_tiny_sides(self, size):
         for source in (Image.new("RGB", size), np.zeros((size[1], size[0], 3), np.uint8)):
-            with pytest.raises(
-                ImageError, match=f"is {size[0]}x{size[1]} pixels, expected sides of at least"
-            ):
+            with pytest.raises(ImageError, match=f"is {size[0]}x{size[1]} pixels, expected sides of at least"):
                 load_image(source)
 
     def test_aspect_limit(self):
@@ -418,9 +412,7 @@ class TestFit:
     @settings(max_examples=100, deadline=None)
     def test_cap_is_never_passed(self, width, height, multiple, max_pixels):
         for aim in ({}, {"area": 512 * 512}, {"size": (width * 3, height)}):
-            picture, _ = fit(
-                Image.new("RGB", (width, height)), multiple=multiple, max_pixels=max_pixels, **aim
-            )
+            picture, _ = fit(Image.new("RGB", (width, height)), multiple=multiple, max_pixels=max_pixels, **aim)
             assert 0 < picture.width * picture.height <= max_pixels
             assert picture.width % multiple == picture.height % multiple == 0
 
@@ -493,9 +485,7 @@ class TestTensors:
         tensor = to_tensor(pictures)
         assert tensor.shape == (rows, 3, height, width) and tensor.dtype == torch.float32
         assert tensor.is_contiguous() and tensor.abs().max() <= 1
-        assert [picture.tobytes() for picture in to_pil(tensor)] == [
-            picture.tobytes() for picture in pictures
-        ]
+        assert [picture.tobytes() for picture in to_pil(tensor)] == [picture.tobytes() for picture in pictures]
 
     def test_every_level_makes_the_round_trip(self):
         ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))

@@ -229,9 +229,7 @@ class TestAtomicPath:
         assert (tmp_path / "weights.safetensors").read_text() == "whole"
         assert os.listdir(tmp_path) == ["weights.safetensors"]
 
-    @given(
-        st.binary(max_size=64), st.binary(max_size=64), st.sampled_from([ValueError, KeyboardInterrupt, None])
-    )
+    @given(st.binary(max_size=64), st.binary(max_size=64), st.sampled_from([ValueError, KeyboardInterrupt, None]))
     @settings(max_examples=30, deadline=None)
     def test_old_or_new_never_between(self, tmp_path_factory, old, new, failure):
         target = tmp_path_factory.mktemp("atomic") / "a.bin"

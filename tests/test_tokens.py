@@ -19,9 +19,7 @@ from p2p_subject.errors import (
 from p2p_subject.tokens import SUBJECT_ID, TokenLayout, layout
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-GOLDEN_TOKENIZERS = [
-    GOLDEN / name / "checkpoint" / "tokenizer" for name in ("prompt_to_prompt", "blip_diffusion")
-]
+GOLDEN_TOKENIZERS = [GOLDEN / name / "checkpoint" / "tokenizer" for name in ("prompt_to_prompt", "blip_diffusion")]
 START, END = "<|startoftext|>", "<|endoftext|>"
 ALPHABET = string.ascii_lowercase + string.digits + string.punctuation
 MERGES = [
@@ -58,9 +56,7 @@ def write_tiny_tokenizer(folder):
         "unk_token": END,
         "pad_token": END,
     }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", **settings_})
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **settings_}))
 
 
 class SlowTokenizer:
@@ -72,9 +68,7 @@ class SlowTokenizer:
         self._fast = fast
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         rest = [byte for byte in range(256) if byte not in plain]
-        self.byte_decoder = {chr(byte): byte for byte in plain} | {
-            chr(256 + i): b for i, b in enumerate(rest)
-        }
+        self.byte_decoder = {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
     def __getattr__(self, name):
         return getattr(self._fast, name)
@@ -96,9 +90,7 @@ def slow(tiny):
     return SlowTokenizer(tiny) if real.is_fast else real
 
 
-@pytest.fixture(
-    scope="session", params=["tiny", *GOLDEN_TOKENIZERS], ids=["tiny", "golden-p2p", "golden-blip"]
-)
+@pytest.fixture(scope="session", params=["tiny", *GOLDEN_TOKENIZERS], ids=["tiny", "golden-p2p", "golden-blip"])
 def tokenizer(request, tiny):
     if request.param == "tiny":
         return tiny
@@ -125,9 +117,9 @@ WORDS = [
 MARKS = ["", "", "", ",", ".", '"', "!?", ")", " (", " -"]
 SPACES = [" ", "  ", "\n", "\t "]
 LEADS = ["", "", "", "'", '"', "("]
-prompts = st.lists(
-    st.tuples(*map(st.sampled_from, (LEADS, WORDS, MARKS, SPACES))).map("".join), min_size=0, max_size=7
-).map("".join)
+prompts = st.lists(st.tuples(*map(st.sampled_from, (LEADS, WORDS, MARKS, SPACES))).map("".join), min_size=0, max_size=7).map(
+    "".join
+)
 subjects = st.sampled_from([0, 0, 3, 16])
 
 
@@ -202,9 +194,7 @@ def test_slow_and_fast_tokenizers_agree(tiny, slow, prompt):
     assert layout(slow, prompt, max_length=160) == layout(tiny, prompt, max_length=160)
 
 
-@pytest.mark.parametrize(
-    "prompt", ["naïve 😀 cats", "ÀÉ café İstanbul x", "“quoted” – dash… ½", "cafe\u0301 on grass"]
-)
+@pytest.mark.parametrize("prompt", ["naïve 😀 cats", "ÀÉ café İstanbul x", "“quoted” – dash… ½", "cafe\u0301 on grass"])
 def test_slow_and_fast_agree_on_bytes(prompt):
     folder = GOLDEN_TOKENIZERS[1]
     if not folder.exists():
@@ -216,9 +206,7 @@ def test_slow_and_fast_agree_on_bytes(prompt):
 def test_slow_spans_survive_a_repaired_text(tiny):
     class Repairing(SlowTokenizer):
         def tokenize(self, text):
-            return super().tokenize(
-                text.replace("&amp;", "&").replace("“", '"').replace("…", "...").replace("~", " x")
-            )
+            return super().tokenize(text.replace("&amp;", "&").replace("“", '"').replace("…", "...").replace("~", " x"))
 
     seen = layout(Repairing(tiny), "“cat &amp; dog… on~ red")
     assert [spelled(seen, seen.columns(word)) for word in ("cat", "dog", "on", "red")] == [
@@ -262,21 +250,15 @@ def test_composed_and_decomposed_letters_are_the_same_word():
     if not folder.exists():
         pytest.skip("the golden tokenizers are not here")
     full = CLIPTokenizerFast.from_pretrained(folder)
-    assert layout(full, "a cafe\u0301").columns("caf\u00e9") == layout(full, "a caf\u00e9").columns(
-        "cafe\u0301"
-    )
+    assert layout(full, "a cafe\u0301").columns("caf\u00e9") == layout(full, "a caf\u00e9").columns("cafe\u0301")
     assert len(layout(full, "a 😀 cat").columns("😀")) == 1
 
 
 def test_messages_of_unknown_and_ambiguous_words(tiny):
     seen = layout(tiny, "a cat and a cat on grass")
-    with pytest.raises(
-        WordNotFoundError, match=r"'gras' is not in the prompt .* Did you mean 'grass'\? Its words are"
-    ):
+    with pytest.raises(WordNotFoundError, match=r"'gras' is not in the prompt .* Did you mean 'grass'\? Its words are"):
         seen.columns("gras")
-    with pytest.raises(
-        AmbiguousWordError, match=r"2 times.*0: 'a \[cat\] and a cat on grass'; 1: 'a cat and a \[cat\]"
-    ):
+    with pytest.raises(AmbiguousWordError, match=r"2 times.*0: 'a \[cat\] and a cat on grass'; 1: 'a cat and a \[cat\]"):
         seen.columns("cat")
     with pytest.raises(WordNotFoundError, match="no occurrence -1"):
         seen.columns("cat", -1)
