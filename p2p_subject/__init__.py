@@ -1,8 +1,8 @@
 """Put this dog in that photo: subject-driven image editing by attention control, on diffusers.
 
-    editor = Editor.from_pretrained()
-    source = editor.invert("photo.png", "a cat on grass")
-    result = editor.edit(source, swap_subject("cat", Subject("dog.png", "dog")))
+editor = Editor.from_pretrained()
+source = editor.invert("photo.png", "a cat on grass")
+result = editor.edit(source, swap_subject("cat", Subject("dog.png", "dog")))
 """
 
 from __future__ import annotations

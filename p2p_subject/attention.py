@@ -62,9 +62,7 @@ class ControlledAttention:
             out = out + hidden_states
         return out / attn.rescale_output_factor
 
-    def _controlled(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl, cross: bool
-    ) -> Tensor:
+    def _controlled(self, query: Tensor, key: Tensor, value: Tensor, scale: float, control: StepControl, cross: bool) -> Tensor:
         tap, sink = control.tap, control.sink
         if tap is not None and (cross or query.shape[2] <= tap.self_pixels):
             tap.taken[self.layer] = query, key
@@ -112,9 +110,7 @@ def _cross(
     return out
 
 
-def _maps(
-    query: Tensor, key: Tensor, scale: float, control: StepControl, source_query: Tensor, source_key: Tensor
-) -> Tensor:
+def _maps(query: Tensor, key: Tensor, scale: float, control: StepControl, source_query: Tensor, source_key: Tensor) -> Tensor:
     """Edited maps of the rows of the control's sink, averaged over heads, (rows, Q, T) float32."""
 
     def probabilities(query: Tensor, key: Tensor) -> Tensor:

@@ -41,7 +41,6 @@ BUDGET = 2 << 30
 """Bytes a recording may take by default: 2 GiB; at 512x512 pixels in half precision, 50 steps need about 1.4."""
 
 
-
 class Editor:
     """Edits pictures with a diffusion model. Holds the model and nothing else; any number of sources may be in flight."""
 

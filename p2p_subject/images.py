@@ -196,9 +196,7 @@ def _handle(source: Any, name: str, error: type[P2PSubjectError]) -> AbstractCon
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source))
     if not isinstance(source, str | os.PathLike):
-        raise error(
-            f"{name} is a {type(source).__name__}, expected a PIL image, path, bytes, array or tensor"
-        )
+        raise error(f"{name} is a {type(source).__name__}, expected a PIL image, path, bytes, array or tensor")
     if not os.path.exists(source):
         raise error(f"{name}: there is no such file; check the path")
     if not os.path.isfile(source):

@@ -109,9 +109,7 @@ def paste_back(original: Image.Image, edited: Image.Image, alpha: np.ndarray) ->
     them.
     """
     if (original.mode, original.size) != (edited.mode, edited.size):
-        raise ImageError(
-            f"expected pictures alike, got {original.mode} {original.size}, {edited.mode} {edited.size}"
-        )
+        raise ImageError(f"expected pictures alike, got {original.mode} {original.size}, {edited.mode} {edited.size}")
     if alpha.shape != (original.height, original.width) or not (alpha.min() >= 0 and alpha.max() <= 1):
         expected = f"({original.height}, {original.width})"
         raise MaskError(f"alpha of shape {alpha.shape} given, expected {expected} with values in [0, 1]")

@@ -159,9 +159,7 @@ def _attended(source: Source, target: Target, size: tuple[int, int], device: tor
     return {pixels: seen.to(device) for pixels, seen in attended_pixels(hidden).items()}
 
 
-def _square(
-    source: Source, spec: EditSpec, swapped: Words, size: tuple[int, int], device: torch.device
-) -> Tensor | None:
+def _square(source: Source, spec: EditSpec, swapped: Words, size: tuple[int, int], device: torch.device) -> Tensor | None:
     """The square (h, w), on `device`, around what the source shows of the swapped word; None where it shows nothing of it, and
     where the square would be all of the picture, as a background's: then room would keep nothing."""
     rule, threshold = rule_and_threshold(spec.blend.rule, spec.blend.threshold)

@@ -86,9 +86,7 @@ class TokenLayout:
 
     def columns_in(self, start: int, stop: int) -> tuple[int, ...]:
         """Return the columns whose token covers any character of `prompt[start:stop]`."""
-        return tuple(
-            column for column, span in enumerate(self.spans) if span and span[0] < stop and span[1] > start
-        )
+        return tuple(column for column, span in enumerate(self.spans) if span and span[0] < stop and span[1] > start)
 
     def words(self) -> tuple[str, ...]:
         """Return the words of the prompt in order, as written, without punctuation."""
@@ -122,9 +120,7 @@ class TokenLayout:
             )
         columns = self.columns_in(*found[index or 0])
         if not columns:
-            raise WordNotFoundError(
-                f"The tokenizer drops {word!r} from the prompt {self.prompt!r}. Name another word."
-            )
+            raise WordNotFoundError(f"The tokenizer drops {word!r} from the prompt {self.prompt!r}. Name another word.")
         return columns
 
     def all_columns(self, word: str) -> tuple[tuple[int, ...], ...]:
@@ -135,9 +131,7 @@ class TokenLayout:
     def _occurrences(self, word: str) -> list[Span]:
         """Return the character spans of `word`, at least one."""
         if not isinstance(word, str) or not word.strip():
-            raise PromptError(
-                f"A word of the prompt was expected, got {word!r}. Name one of {list(self.words())}."
-            )
+            raise PromptError(f"A word of the prompt was expected, got {word!r}. Name one of {list(self.words())}.")
         found = [match.span() for match in phrase_pattern(word).finditer(self.prompt)]
         if not found:
             raise WordNotFoundError(
@@ -187,9 +181,7 @@ def layout(
         raise PromptError(f"A prompt must be a text, got {prompt!r:.80}.")
     window = tokenizer.model_max_length if max_length is None else max_length
     if window > _NO_WINDOW:
-        raise ModelError(
-            "The tokenizer does not state the window of its text encoder. Give `max_length`, 77 for CLIP."
-        )
+        raise ModelError("The tokenizer does not state the window of its text encoder. Give `max_length`, 77 for CLIP.")
     prompt = normalize("NFC", prompt)
     ids, spans = _tokenize(tokenizer, prompt)
     _check_known(tokenizer, prompt, ids, spans)
@@ -237,9 +229,7 @@ def _piece_spans(prompt: str, pieces: list[str], byte_decoder: dict[str, int]) -
     bytes, so that a tokenizer which also repairs the text (quotes, ligatures, HTML entities) costs precision
     only where it did.
     """
-    given = [
-        (byte, at) for at, char in enumerate(prompt) if not char.isspace() for byte in char.lower().encode()
-    ]
+    given = [(byte, at) for at, char in enumerate(prompt) if not char.isspace() for byte in char.lower().encode()]
     letters = [piece.removesuffix("</w>") for piece in pieces]
     seen = bytes(byte_decoder.get(letter, 0) for letter in "".join(letters))
     covered: list[Span] = []
@@ -264,9 +254,7 @@ def _check_known(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int]
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     unknown = dict.fromkeys(prompt[slice(*span)] for id_, span in zip(ids, spans) if id_ in special)
     if unknown:
-        raise PromptError(
-            f"The tokenizer has no ordinary token for {list(unknown)} in {prompt!r}. Remove it."
-        )
+        raise PromptError(f"The tokenizer has no ordinary token for {list(unknown)} in {prompt!r}. Remove it.")
 
 
 def _check_fits(prompt: str, spans: list[Span], window: int, subject_queries: int) -> None:
@@ -299,6 +287,4 @@ def _check_article(prompt: str, spans: list[Span], position: int) -> None:
 def _inside_word(prompt: str, left: Span, right: Span) -> bool:
     """Whether two neighbouring tokens are parts of the same word (or of the same character)."""
     touching = right[0] <= left[1]
-    return touching and (
-        right[0] < left[1] or (prompt[right[0] - 1].isalnum() and prompt[right[0]].isalnum())
-    )
+    return touching and (right[0] < left[1] or (prompt[right[0] - 1].isalnum() and prompt[right[0]].isalnum()))

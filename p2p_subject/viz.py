@@ -45,9 +45,7 @@ def overlay(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """
     heat = np.asarray(heat, np.float32)
     if heat.shape != (image.height, image.width) or not (heat.min() >= 0 and heat.max() <= 1):
-        raise ImageError(
-            f"heat map of shape {heat.shape}; expected ({image.height}, {image.width}) with values in [0, 1]"
-        )
+        raise ImageError(f"heat map of shape {heat.shape}; expected ({image.height}, {image.width}) with values in [0, 1]")
     grey = np.asarray(image.convert("L"), np.float32)[..., None]
     mixed = grey + (0.45 + 0.3 * heat[..., None]) * (colours(heat) - grey)
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
@@ -129,9 +127,7 @@ def contact_sheet(
             corner = (x + (panel - image.width) // 2, y + (tall - image.height) // 2)
             sheet.paste(image, corner)
             # Around the picture, not on it: a white background would otherwise run into the sheet.
-            draw.rectangle(
-                (corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height), outline=_EDGE
-            )
+            draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + image.width, corner[1] + image.height), outline=_EDGE)
             _write(draw, lines, (x, y + tall + GAP // 3), small, _PALE)
         y += tall + under + GAP
     return sheet

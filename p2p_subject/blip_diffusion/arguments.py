@@ -68,9 +68,7 @@ def prompts(values: list[Any], name: str) -> list[str]:
     """
     for value in values:
         if not isinstance(value, str):
-            raise PromptError(
-                f"{name} is {value!r}, a {type(value).__name__}; expected a text or a list of texts."
-            )
+            raise PromptError(f"{name} is {value!r}, a {type(value).__name__}; expected a text or a list of texts.")
     return values
 
 
@@ -141,9 +139,7 @@ def steps(value: Any, most: int) -> int:
         StepsError: it is none.
     """
     if not checks.is_whole(value, 1, most):
-        raise StepsError(
-            f"num_inference_steps is {value!r}; expected a whole number from 1 to {most}, such as 50."
-        )
+        raise StepsError(f"num_inference_steps is {value!r}; expected a whole number from 1 to {most}, such as 50.")
     return value
 
 
@@ -187,9 +183,7 @@ def callback(value: Any) -> Callable[..., Any] | None:
         ArgumentError: it is neither.
     """
     if value is not None and not callable(value):
-        raise ArgumentError(
-            f"callback_on_step_end is {value!r}; expected a function of (pipeline, step, timestep, tensors)."
-        )
+        raise ArgumentError(f"callback_on_step_end is {value!r}; expected a function of (pipeline, step, timestep, tensors).")
     return value
 
 
@@ -238,8 +232,7 @@ def latents(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     if tuple(value.shape) != shape:
         raise ImageError(
-            f"latents have shape {tuple(value.shape)}; for this number of pictures, height and width "
-            f"expected {shape}."
+            f"latents have shape {tuple(value.shape)}; for this number of pictures, height and width expected {shape}."
         )
     if not value.isfinite().all():
         raise NonFiniteError("latents hold NaN or infinity; expected Gaussian noise.")
@@ -253,9 +246,7 @@ def generators(value: Any, number: int) -> Generator | list[Generator] | None:
         PromptError: a list has another length.
     """
     if isinstance(value, list | tuple) and len(value) != number:
-        raise PromptError(
-            f"{len(value)} generators are given for {number} pictures; pass one a picture, or just one."
-        )
+        raise PromptError(f"{len(value)} generators are given for {number} pictures; pass one a picture, or just one.")
     # diffusers takes lists alone.
     return list(value) if isinstance(value, tuple) else value
 

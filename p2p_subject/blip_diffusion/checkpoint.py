@@ -86,17 +86,13 @@ class CheckpointMixin:
                 misshapen or unknown; the word pieces cannot be found; or parts do not fit together.
         """
         if use_safetensors is False:
-            raise ModelError(
-                "use_safetensors=False asks for pickled weights, which are never loaded; leave it out."
-            )
+            raise ModelError("use_safetensors=False asks for pickled weights, which are never loaded; leave it out.")
         for name in components.keys() - set(cls.component_names):
             raise ModelError(
                 f"from_pretrained() takes no {name!r}.{did_you_mean(name, cls.component_names)} Components "
                 f"that can be replaced: {', '.join(cls.component_names)}."
             )
-        options = LoadOptions(
-            torch_dtype or dtype, variant, low_cpu_mem_usage, local_files_only, qformer_tokenizer
-        )
+        options = LoadOptions(torch_dtype or dtype, variant, low_cpu_mem_usage, local_files_only, qformer_tokenizer)
         needed = [name for name in cls.component_names if name not in components]
         hub = {
             "revision": revision,
@@ -128,9 +124,7 @@ class CheckpointMixin:
         """
         folder = Path(save_directory)
         if not safe_serialization:
-            raise ModelError(
-                "safe_serialization=False asks for pickled weights, which are never written; leave it out."
-            )
+            raise ModelError("safe_serialization=False asks for pickled weights, which are never written; leave it out.")
         if folder.is_file():
             raise ModelError(f"{folder} is a file; pass a folder to save the model in.")
         folder.mkdir(parents=True, exist_ok=True)

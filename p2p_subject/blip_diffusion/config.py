@@ -33,9 +33,7 @@ class _FileConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the file this came from, with the fields that differ from it on top."""
         known = {f.name: (f.default, getattr(self, f.name)) for f in fields(self) if f.name != "stored"}
-        changed = {
-            name: now for name, (default, now) in known.items() if self.stored.get(name, default) != now
-        }
+        changed = {name: now for name, (default, now) in known.items() if self.stored.get(name, default) != now}
         return {**self.stored, **changed}
 
     def _require_heads(self, width: int, heads: int) -> None:

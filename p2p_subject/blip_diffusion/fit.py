@@ -110,6 +110,4 @@ def _equal(left: str, a: Any, right: str, b: Any) -> None:
 
 def _at_most(left: str, a: int, right: str, b: int) -> None:
     if a > b:
-        raise ModelError(
-            f"{left} number {a}, {right} only {b}: these components do not belong together. {_CURE}"
-        )
+        raise ModelError(f"{left} number {a}, {right} only {b}: these components do not belong together. {_CURE}")

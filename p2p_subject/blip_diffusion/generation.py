@@ -85,14 +85,9 @@ class GenerationMixin:
         check.one_of(output_type, "output_type", ("pil", "np", "pt", "latent"))
         number = len(prompts) * check.count(num_images_per_prompt, "num_images_per_prompt")
         queries = self._queries(len(prompts), subject_embeddings, reference_image, source_subject_category)
-        self._token_ids(
-            [check.subject_prompt(*row, repeats=1) for row in zip(targets, prompts, strict=True)], queries
-        )
+        self._token_ids([check.subject_prompt(*row, repeats=1) for row in zip(targets, prompts, strict=True)], queries)
         self._token_ids(negatives, 0)
-        repeated = [
-            check.subject_prompt(*row, prompt_strength, prompt_reps)
-            for row in zip(targets, prompts, strict=True)
-        ]
+        repeated = [check.subject_prompt(*row, prompt_strength, prompt_reps) for row in zip(targets, prompts, strict=True)]
         latents = self._initial_latents(latents, number, height, width, generator)
         residuals = None
         if structure is not None:
@@ -105,9 +100,7 @@ class GenerationMixin:
         if guidance_scale > 1:
             contexts = torch.cat([self.encode_prompt(negatives), contexts])
         contexts = contexts.to(self.unet.dtype).repeat_interleave(num_images_per_prompt, dim=0)
-        latents = self._denoise(
-            latents, contexts, guidance_scale, num_inference_steps, generator, callback, residuals
-        )
+        latents = self._denoise(latents, contexts, guidance_scale, num_inference_steps, generator, callback, residuals)
 
         images = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
@@ -131,9 +124,7 @@ class GenerationMixin:
     ) -> Tensor:
         factor, own = self.vae_scale_factor, self.unet.config.sample_size
         own_height, own_width = own if isinstance(own, Sequence) else (own, own)
-        height = check.size(
-            own_height and own_height * factor if height is None else height, "height", factor
-        )
+        height = check.size(own_height and own_height * factor if height is None else height, "height", factor)
         width = check.size(own_width and own_width * factor if width is None else width, "width", factor)
         shape = (number, self.unet.config.in_channels, height // factor, width // factor)
         device, dtype = self._execution_device, self.unet.dtype
@@ -155,9 +146,7 @@ class GenerationMixin:
         scheduler, guided, dtype = self.scheduler, len(contexts) > len(latents), latents.dtype
         scheduler.set_timesteps(steps, device=latents.device)
         # Schedulers that draw noise take the generator; the others have no such argument.
-        random = (
-            {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        )
+        random = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         latents = latents * scheduler.init_noise_sigma
         for step, timestep in enumerate(self.progress_bar(scheduler.timesteps)):
             scaled = scheduler.scale_model_input(latents, timestep).to(dtype)

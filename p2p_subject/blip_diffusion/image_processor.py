@@ -61,9 +61,7 @@ class BlipImageProcessor:
         if isinstance(size, int):
             size = self.config["size"] = {"height": size, "width": size}
         if not isinstance(size, Mapping) or not {"height", "width"} <= size.keys():
-            raise ModelError(
-                f'image processor: size is {size!r}; expected {{"height": int, "width": int}} or an int.'
-            )
+            raise ModelError(f'image processor: size is {size!r}; expected {{"height": int, "width": int}} or an int.')
         self.output_size: tuple[int, int] = (size["height"], size["width"])
         for name in ("image_mean", "image_std"):
             _require_channels(name, self.config[name])
@@ -107,9 +105,7 @@ class BlipImageProcessor:
             ImageError: a picture is of another kind, shape or range, or without resizing and cropping their
                 sizes differ.
         """
-        mean = _require_channels(
-            "image_mean", self.config["image_mean"] if image_mean is None else image_mean
-        )
+        mean = _require_channels("image_mean", self.config["image_mean"] if image_mean is None else image_mean)
         std = _require_channels("image_std", self.config["image_std"] if image_std is None else image_std)
         rows = [self._prepare(picture, mean, std) for picture in as_pictures(pictures)]
         if len({row.shape for row in rows}) > 1:
@@ -226,9 +222,7 @@ def _to_uint8(picture: Picture, convert: bool) -> np.ndarray:
 
 def _rgb_array(picture: Image.Image, convert: bool) -> np.ndarray:
     if picture.mode.startswith(("I", "F")) or (picture.mode != "RGB" and not convert):
-        raise ImageError(
-            f'a picture has mode {picture.mode!r}; expected "RGB". Convert it to 8-bit RGB first.'
-        )
+        raise ImageError(f'a picture has mode {picture.mode!r}; expected "RGB". Convert it to 8-bit RGB first.')
     if 0 in picture.size:
         raise ImageError(f"a picture has size {picture.size}; expected width and height above zero.")
     try:

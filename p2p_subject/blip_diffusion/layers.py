@@ -36,9 +36,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
         ModelError: the name is unknown.
     """
     if name not in _ACTIVATIONS:
-        raise ModelError(
-            f"hidden_act {name!r} is not known; the config may name one of {sorted(_ACTIVATIONS)}."
-        )
+        raise ModelError(f"hidden_act {name!r} is not known; the config may name one of {sorted(_ACTIVATIONS)}.")
     return _ACTIVATIONS[name]
 
 

@@ -98,17 +98,11 @@ def _download(name: str, variant: str | None, options: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     infix = f".{variant}" if variant else ""
-    weights = [
-        f"*/{stem}{infix}{end}" for stem in _STEMS for end in (".safetensors", "-?????-of-?????.safetensors")
-    ]
+    weights = [f"*/{stem}{infix}{end}" for stem in _STEMS for end in (".safetensors", "-?????-of-?????.safetensors")]
     # Sharded files carry the variant before or after the number, depending on the release that wrote them.
     shards = [f"*/{stem}-?????-of-?????{infix}.safetensors" for stem in _STEMS]
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights, *shards], **options
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*/*.json", "*/*.txt", *weights, *shards], **options))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name!r} is no local folder and cannot be downloaded ({type(error).__name__}: {error}). Check "
@@ -124,13 +118,9 @@ def load_component(name: str, folder: Path, options: LoadOptions) -> Any:
     """
     part = folder / name
     if name == "text_encoder":
-        return ContextCLIPTextModel.from_pretrained(
-            part, torch_dtype=options.torch_dtype, variant=options.variant
-        )
+        return ContextCLIPTextModel.from_pretrained(part, torch_dtype=options.torch_dtype, variant=options.variant)
     if name == "qformer":
-        return Blip2QFormerModel.from_pretrained(
-            part, torch_dtype=options.torch_dtype, variant=options.variant
-        )
+        return Blip2QFormerModel.from_pretrained(part, torch_dtype=options.torch_dtype, variant=options.variant)
     if name == "unet":
         return load_diffusers_model(UNet2DConditionModel, part, options)
     if name == "vae":

@@ -73,9 +73,7 @@ class Network(nn.Module):
             with torch.device("meta"):
                 network = cls(config)
         except (TypeError, AttributeError, RuntimeError) as error:
-            raise ModelError(
-                f"{folder / 'config.json'} does not describe a {cls.__name__}: {error}"
-            ) from error
+            raise ModelError(f"{folder / 'config.json'} does not describe a {cls.__name__}: {error}") from error
         path = require_safetensors(folder, "model", variant)
         state = {name: tensor for name, tensor in read_tensors(path).items() if not _is_counter(name)}
         expected = network.state_dict()
@@ -86,12 +84,8 @@ class Network(nn.Module):
             path,
         )
         dtype = torch_dtype or torch.float32
-        state = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()
-        }
-        counters = {
-            name: torch.arange(old.shape[1])[None] for name, old in expected.items() if _is_counter(name)
-        }
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        counters = {name: torch.arange(old.shape[1])[None] for name, old in expected.items() if _is_counter(name)}
         network.load_state_dict({**state, **counters}, assign=True)
         return network.eval()
 

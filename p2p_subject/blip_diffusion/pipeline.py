@@ -118,8 +118,7 @@ class BlipDiffusionPipeline(CheckpointMixin, EncodingMixin, GenerationMixin, Dif
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         subject_embeddings: Tensor | None = None,
-        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
-        | None = None,
+        callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Generate pictures of a subject.
 

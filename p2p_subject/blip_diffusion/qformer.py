@@ -39,9 +39,7 @@ class Blip2QFormerModel(Network):
         self.proj_layer = _Projection(qformer.hidden_size, config.output_size, qformer.hidden_dropout_prob)
         initialise(self, config.initializer_range)
 
-    def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Embed subjects for the text encoder.
 
         Args:
@@ -63,9 +61,7 @@ class Blip2QFormerModel(Network):
         hidden = self.encode(self.visual_encoder(pixel_values), input_ids, attention_mask)
         return self.proj_layer(hidden[:, : self.query_tokens.shape[1]])
 
-    def encode(
-        self, image_features: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, image_features: Tensor, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Run queries and text over an image that is already encoded; for pre-training.
 
         Args:
@@ -137,9 +133,7 @@ class _Layer(nn.Module):
         self.intermediate, self.intermediate_query = _Intermediate(config), _Intermediate(config)
         self.output, self.output_query = (_Output(config, config.intermediate_size) for _ in range(2))
 
-    def forward(
-        self, hidden: Tensor, image_features: Tensor, mask: Tensor | None, num_queries: int
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, image_features: Tensor, mask: Tensor | None, num_queries: int) -> Tensor:
         hidden = self.attention(hidden, hidden, mask)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
         if self.crossattention is not None:
@@ -163,9 +157,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
         maps = self.attention
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(
-            maps.query(x), maps.key(source), maps.value(source), self.heads, mask=mask, dropout=dropout
-        )
+        mixed = attend(maps.query(x), maps.key(source), maps.value(source), self.heads, mask=mask, dropout=dropout)
         return self.output(mixed, x)
 
 

@@ -118,8 +118,7 @@ class _TextEmbeddings(nn.Module):
         length, positions = embedded.shape[1], self.position_embedding.num_embeddings
         if length > positions:
             raise PromptTooLongError(
-                f"prompt and subject together take {length} positions; this text encoder has {positions}. "
-                "Shorten the prompt."
+                f"prompt and subject together take {length} positions; this text encoder has {positions}. Shorten the prompt."
             )
         return embedded + self.position_embedding(torch.arange(length, device=embedded.device))
 
@@ -134,7 +133,5 @@ class _CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        mixed = attend(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True, dropout=dropout
-        )
+        mixed = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True, dropout=dropout)
         return self.out_proj(mixed)

@@ -36,9 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(
-            f"{path} does not exist; a saved model has it. Check the folder or download it again."
-        ) from None
+        raise ModelError(f"{path} does not exist; a saved model has it. Check the folder or download it again.") from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON ({error}); download it again.") from error
     if not isinstance(content, dict):
@@ -70,9 +68,7 @@ def require_safetensors(folder: Path, stem: str, variant: str | None = None) -> 
             "model that has them."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    found = (
-        f"it has {', '.join(others)}: pass the matching variant=" if others else "download the model again"
-    )
+    found = f"it has {', '.join(others)}: pass the matching variant=" if others else "download the model again"
     raise ModelError(f"{folder} has no weights: expected {name}; {found}.")
 
 
@@ -88,9 +84,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{path} is not a readable safetensors file ({error}); download it again."
-        ) from error
+        raise ModelError(f"{path} is not a readable safetensors file ({error}); download it again.") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -106,9 +100,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             raise OutputError(f"cannot write {str(path)!r} ({error}); make room there or give another place") from error
 
 
-def check_weights(
-    component: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path
-) -> None:
+def check_weights(component: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path) -> None:
     """Compare a file's tensors with a network's by name and shape.
 
     Raises:

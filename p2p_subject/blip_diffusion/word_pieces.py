@@ -52,8 +52,7 @@ def _vocabulary_folder(source: str | Path, local_files_only: bool) -> Path:
         return Path(hf_hub_download(str(source), "vocab.txt", local_files_only=local_files_only)).parent
     except (OSError, HFValidationError) as error:
         raise ModelError(
-            f"the Q-Former's tokenizer {str(source)!r} is no folder and cannot be downloaded "
-            f"({type(error).__name__}). {_HOW}"
+            f"the Q-Former's tokenizer {str(source)!r} is no folder and cannot be downloaded ({type(error).__name__}). {_HOW}"
         ) from error
 
 

@@ -49,9 +49,7 @@ def explicit_attention(unet: UNet2DConditionModel, record_side: int | None) -> I
         unet.set_attn_processor(before)
 
 
-def coverage_loss(
-    maps: list[Tensor], columns: Tensor, mask: Tensor, with_subject: int, position: int, queries: int
-) -> Tensor:
+def coverage_loss(maps: list[Tensor], columns: Tensor, mask: Tensor, with_subject: int, position: int, queries: int) -> Tensor:
     """Cross-entropy of the word's share with the object's mask, plus the shortfall of the word's map inside it.
 
     `maps` (B', Q, T) each, B' >= B; `columns` (B, 2): category and background columns in the caption alone; `mask`
@@ -69,9 +67,7 @@ def coverage_loss(
     # The word must find its region on its own, because a source picture has no subject columns; so must the sum.
     entropy = _entropy(word / (word + background + 1e-6), inside) + _entropy((word + subject) / total, inside)
     mapped = word + subject
-    shortfall = (inside * (1 - mapped / mapped.amax(1, keepdim=True).detach().clamp_min(1e-6))).sum(1) / (
-        inside.sum(1) + 1
-    )
+    shortfall = (inside * (1 - mapped / mapped.amax(1, keepdim=True).detach().clamp_min(1e-6))).sum(1) / (inside.sum(1) + 1)
     return entropy / 2 + shortfall.mean()
 
 

@@ -123,8 +123,7 @@ def sunset(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 PAINTERS: dict[str, Painter] = {
-    painter.__name__: painter
-    for painter in (grass, sand, snow, sky, space, water, bricks, wood, tiles, lava, leaves, sunset)
+    painter.__name__: painter for painter in (grass, sand, snow, sky, space, water, bricks, wood, tiles, lava, leaves, sunset)
 }
 
 PHRASES: dict[str, str] = {name: f"on {name}" for name in PAINTERS} | {

@@ -50,9 +50,7 @@ def sentence(text: str, subject: str, template: str) -> tuple[str, int]:
     return text, re.match(r"\S+\s+", text).end()
 
 
-def caption(
-    tokenizer: PreTrainedTokenizerBase, text: str, subject: str, template: str, window: int, queries: int
-) -> Caption:
+def caption(tokenizer: PreTrainedTokenizerBase, text: str, subject: str, template: str, window: int, queries: int) -> Caption:
     """Encode a caption for a text encoder of `window` columns, of which the subject takes `queries`.
 
     Words of `text` that do not fit are left out from its end; the subject stays.

@@ -47,4 +47,3 @@ def generation_grid(weights: Path, vae_folder: Path, path: Path, count: int = 12
     from_text = sample_batch(model, captions, [None] * count, range(count), steps, scale)
     rows = [references, [np.asarray(i) for i in with_subject], [np.asarray(i) for i in from_text], [s.image for s in scenes]]
     save_image(tiled(rows), path)
-

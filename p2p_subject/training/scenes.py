@@ -134,8 +134,7 @@ def _fill_cache(rank: int, folder: Path, vae_folder: Path, count: int, processes
         looks = [scene.spec.look for scene in scenes]
         images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
         rows = [
-            [caption_row(scene.spec.caption(tint=tint), scene.spec.look.category) for tint in (False, True)]
-            for scene in scenes
+            [caption_row(scene.spec.caption(tint=tint), scene.spec.look.category) for tint in (False, True)] for scene in scenes
         ]
         arrays["latents"][chosen] = vae.encode(images).latent_dist.mean.numpy()
         arrays["masks"][chosen] = [scene.alpha.reshape(16, 4, 16, 4).mean((1, 3)) for scene in scenes]

@@ -42,9 +42,7 @@ class VAETrainer(nn.Module):
         error, shift = decoded - images, posterior.mean.float()
         squared = error.square().mean()
         kl = 0.5 * (shift.square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        edges = F.l1_loss(decoded.diff(dim=-1), images.diff(dim=-1)) + F.l1_loss(
-            decoded.diff(dim=-2), images.diff(dim=-2)
-        )
+        edges = F.l1_loss(decoded.diff(dim=-1), images.diff(dim=-1)) + F.l1_loss(decoded.diff(dim=-2), images.diff(dim=-2))
         loss = squared + 0.1 * error.abs().mean() + 0.1 * edges + self.kl_weight * kl
         return {"loss": loss, "mse": squared, "kl": kl}
 

@@ -87,7 +87,7 @@ class SceneSpec:
         return replace(self, look=replace(self.look, hue=hue))
 
     def caption(self, *, tint: bool = False) -> str:
-        """"a dog on grass", or "a blue dog on grass" with `tint`."""
+        """ "a dog on grass", or "a blue dog on grass" with `tint`."""
         words = [self.look.tint] if tint and self.look.tint else []
         return with_article(" ".join([*words, self.look.category, PHRASES[self.background]]))
 
