@@ -3,8 +3,9 @@
     python -m benchmarks.report runs/x
 
 Writes `report.md`, `report.html` (one file that needs no other), `plots/` and `sheets/` (pictures of cases, evenly from the
-worst to the best) into the folder and prints the tables. Where methods have run different cases, a table of those that all
-have says how they compare. It reads what is there, so a run under way can be looked at.
+worst to the best) into the folder and prints the tables. A run of several kinds of edit has an overview of them. Where
+methods have run different cases, a table of those that all have says how they compare. It reads what is there, so a run
+under way can be looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report_page import page, plot, sheet
-from benchmarks.report_tables import Section, markdown, sections
+from benchmarks.report_tables import Section, Table, markdown, overview, sections
 from benchmarks.run_folder import Row, file_name, read_rows, read_settings
 from benchmarks.suite import Suite
 from benchmarks.suites import suite_class
@@ -66,16 +67,25 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def text(suite: type[Suite], facts: Sequence[str], found: Sequence[Section], brief: bool = False) -> str:
+def text(
+    suite: type[Suite], facts: Sequence[str], kinds: Sequence[Table], found: Sequence[Section], brief: bool = False
+) -> str:
     """The whole report in Markdown; `brief` leaves out the measures that are not in the suite's headline."""
     told = [measure for measure in suite.measures if measure.about and (measure.name in suite.headline or not brief)]
     about = "\n".join(f"- {measure.title}: {measure.about}" for measure in told)
     parts = [f"# Suite {suite.name}", "\n".join(f"- {line}" for line in facts), STAR.replace("*", "\\*"), about]
+    if kinds:
+        parts.append("## Overview")
+        parts += _titled(kinds)
     for section in found:
         parts.append(f"## {section.kind} ({section.cases} cases)")
         tables = section.tables if brief else (*section.tables, section.rest)
-        parts += [part for table in tables for part in (f"### {table.title}", markdown(table))]
+        parts += _titled(tables)
     return "\n\n".join(parts) + "\n"
+
+
+def _titled(tables: Sequence[Table]) -> list[str]:
+    return [part for table in tables for part in (f"### {table.title}", markdown(table))]
 
 
 def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: bool = False) -> str:
@@ -93,7 +103,8 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
     rows, lost = present(folder, rows)
     found = sections(rows, suite, methods, against)
     told = facts(settings, rows) + ([f"{lost} pictures are missing in the folder"] if lost else [])
-    made = text(suite, told, found)
+    kinds = overview(found, suite, methods)
+    made = text(suite, told, kinds, found)
     atomic_write(folder / "report.md", made)
     plots = {section.kind: plot(section, suite) for section in found}
     for name in ("plots", "sheets"):
@@ -103,8 +114,8 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
             atomic_write(folder / "plots" / f"{file_name(section.kind)}.png", picture)
         if (cases := sheet(folder, suite, section, against)) is not None:
             save_image(cases, folder / "sheets" / f"{file_name(section.kind)}.png")
-    atomic_write(folder / "report.html", page(folder, suite, told, found, plots, against, shown, STAR))
-    return text(suite, told, found, brief=True) if brief else made
+    atomic_write(folder / "report.html", page(folder, suite, told, kinds, found, plots, against, shown, STAR))
+    return text(suite, told, kinds, found, brief=True) if brief else made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

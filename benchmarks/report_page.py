@@ -10,9 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.report_tables import Section, grouped, label, values_of, worst_first
+from benchmarks.report_tables import Section, Table, label, mean_of, worst_first
 from benchmarks.run_folder import Row
-from benchmarks.statistics import mean
 from benchmarks.suite import Measure, Suite
 from p2p_subject.errors import ArgumentError
 from p2p_subject.viz import Panel, contact_sheet
@@ -39,6 +38,7 @@ def page(
     folder: Path,
     suite: type[Suite],
     facts: Sequence[str],
+    overview: Sequence[Table],
     sections: Sequence[Section],
     plots: Mapping[str, bytes | None],
     against: str,
@@ -64,7 +64,7 @@ def page(
         for section in sections
     ]
     about = [(measure.title, measure.about) for measure in suite.measures if measure.about]
-    return template.render(suite=suite.name, facts=facts, sections=shown_sections, about=about, star=star)
+    return template.render(suite=suite.name, facts=facts, overview=overview, sections=shown_sections, about=about, star=star)
 
 
 def case_view(folder: Path, suite: type[Suite], section: Section, case: str) -> dict[str, Any]:
@@ -153,10 +153,7 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
     drawn = 0
     for axes, across in zip(figure.subplots(1, 2), (preservation, cost)):
         for number, (name, own) in enumerate(section.rows.items()):
-            x, y = (
-                mean(list(grouped(values_of(own, measure), suite).values()), share=measure.share)
-                for measure in (across, fidelity)
-            )
+            (x, _), (y, _) = (mean_of(own, measure, suite) for measure in (across, fidelity))
             if x is None or y is None:
                 continue
             drawn += 1

@@ -93,6 +93,27 @@ def sections(rows: Sequence[Row], suite: type[Suite], methods: Sequence[str], ag
     return found
 
 
+def overview(found: Sequence[Section], suite: type[Suite], methods: Sequence[str]) -> list[Table]:
+    """Fidelity and preservation of every method, a column a kind; none where there is one kind. A kind without values has no
+    column, a method that did not run a kind an empty cell."""
+    if len(found) < 2:
+        return []
+    made = []
+    for measure in suite.named(suite.axes.fidelity, suite.axes.preservation):
+        columns = {}
+        for section in found:
+            own = {name: mean_of(rows, measure, suite) for name, rows in section.rows.items()}
+            if any(value is not None for value, _ in own.values()):
+                columns[section.kind] = {name: cell(*value, measure) for name, value in own.items()}
+        rows = {name: [row for section in found for row in section.rows.get(name, {}).values()] for name in methods}
+        lines = [
+            (label(name, *own), *(column.get(name, "") for column in columns.values())) for name, own in rows.items() if own
+        ]
+        if columns:
+            made.append(Table(f"{heading(measure)} (95 % interval; n)", ("method", *columns), tuple(lines)))
+    return made
+
+
 def tables(rows: Mapping[str, Mapping[str, Row]], suite: type[Suite], against: str) -> list[Table]:
     """The headline measures, the same over the cases of all methods where they have run different ones, and the paired
     differences of one method to every other in them."""
@@ -111,15 +132,18 @@ def _means(title: str, rows: Mapping[str, Mapping[str, Row]], measures: Sequence
     lines = []
     for name, own in rows.items():
         failed = sum("error" in row for row in own.values())
-        found = [(list(grouped(values_of(own, measure), suite).values()), measure) for measure in measures]
-        cells = [cell(mean(values, share=measure.share), measure, len(values)) for values, measure in found]
+        cells = [cell(*mean_of(own, measure, suite), measure) for measure in measures]
         lines.append((label(name, *own.values()), *cells, str(failed)))
     return Table(title, ("method", *map(heading, measures), "failed"), tuple(lines))
 
 
-def _differences(
-    rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure], against: str, suite: type[Suite]
-) -> Table:
+def mean_of(rows: Mapping[str, Row], measure: Measure, suite: type[Suite]) -> tuple[Mean | None, int]:
+    """The mean of a method's cases, or of groups of them (None without values), and how many of these there are."""
+    values = list(grouped(values_of(rows, measure), suite).values())
+    return mean(values, share=measure.share), len(values)
+
+
+def _differences(rows: Mapping[str, Mapping[str, Row]], measures: Sequence[Measure], against: str, suite: type[Suite]) -> Table:
     lines = []
     for name, own in rows.items():
         if name == against:
@@ -128,7 +152,7 @@ def _differences(
         for measure in measures:
             both = shared(values_of(rows[against], measure), values_of(own, measure), suite)
             difference = paired(*both)
-            text = cell(difference, measure, len(both[0]), signed=True)
+            text = cell(difference, len(both[0]), measure, signed=True)
             cells.append(f"{text} {standing(difference, measure)}".strip())
         lines.append((label(name, *own.values()), *cells))
     title = f"{against} less the method in this line, over the cases that both have: + ahead, - behind, = neither shown"
@@ -147,7 +171,7 @@ def heading(measure: Measure) -> str:
     return f"{measure.title}{unit}" + {True: " ↑", False: " ↓", None: ""}[measure.higher]
 
 
-def cell(found: Mean | None, measure: Measure, total: int, signed: bool = False) -> str:
+def cell(found: Mean | None, total: int, measure: Measure, signed: bool = False) -> str:
     """A mean with its interval, if it has a width, and n, in the measure's scale; n as "of" where some cases have no value."""
     if found is None:
         return f"- (0 of {total})"

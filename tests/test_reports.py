@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import report
 from benchmarks.report_page import sheet
-from benchmarks.report_tables import grouped, sections, shared, worst_first
+from benchmarks.report_tables import grouped, overview, sections, shared, worst_first
 from benchmarks.run_folder import read_rows, read_settings
 from benchmarks.world_suite import WorldSuite
 from p2p_subject.errors import ArgumentError
@@ -60,6 +60,24 @@ def test_methods_of_other_cases_are_compared_on_those_of_all(tmp_path: Path) -> 
     assert values[alike.title]["good"]["PSNR outside, dB ↑"].startswith("30.50 (")
     assert values[alike.title]["bad *"] == values[whole.title]["bad *"]
     assert differences.title.startswith("good less") and section.rest.title == "the other measures"
+
+
+def test_runs_of_more_than_one_kind_have_an_overview(tmp_path: Path) -> None:
+    swaps = read_rows(made_run(tmp_path))
+    assert overview(sections(swaps, WorldSuite, ["good", "bad"], "good"), WorldSuite, ["good", "bad"]) == []
+    adds = [row | {"kind": "add", "case": row["case"].replace("swap", "add")} for row in swaps if row["method"] == "good"]
+    adds = [row | {"metrics": row["metrics"] | {"success": 0.0, "outside_psnr": None}} for row in adds[:5]]
+    found = sections(swaps + adds, WorldSuite, ["good", "bad", "absent"], "good")
+    achieved, kept = overview(found, WorldSuite, ["good", "bad", "absent"])
+    assert achieved.title.startswith("edit achieved ↑") and achieved.columns == ("method", "swap", "add")
+    assert achieved.lines[0] == ("good", "1.000 (0.610 to 1.000; 6)", "0.000 (0.000 to 0.434; 5)")
+    # What ran no additions has nothing to say of them; of a kind without values there is no column; the absent have no line.
+    assert achieved.lines[1][0] == "bad *" and achieved.lines[1][2] == "" and len(achieved.lines) == 2
+    assert kept.columns == ("method", "swap") and kept.lines[1][1].startswith("22.00 (") and "5 of 6)" in kept.lines[1][1]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swaps + adds))
+    assert f"## Overview\n\n### {achieved.title}" in report.report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.text.count(achieved.title) == 1 and page.text.index("Overview") < page.text.index("swap (6 cases)")
 
 
 def test_the_worst_cases_of_a_method_come_first(tmp_path: Path) -> None:
