@@ -51,14 +51,22 @@ def prepared(image: Image.Image, shorter: int, side: int, mean: tuple[float, ...
 
 
 def _load(kind: type, name: str | Path, **options: Any) -> Any:
+    """Load what transformers has under a name. `ModelError` where it cannot, and where a network would lack weights, which
+    transformers draws at random and only warns of."""
+    network = issubclass(kind, torch.nn.Module)
+    expected = "expected a hub name or a folder with safetensors, or 'none' to leave out what needs it"
     try:
-        loaded = kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{kind.__name__} {str(name)!r} cannot be loaded ({str(error).splitlines()[0]}); expected a hub name or a folder "
-            "with safetensors, or 'none' to leave out what needs it"
-        ) from error
-    return loaded.float().eval() if isinstance(loaded, torch.nn.Module) else loaded
+        loaded = kind.from_pretrained(name, **options, **({"output_loading_info": True} if network else {}))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        said = f"{kind.__name__} {str(name)!r} cannot be loaded ({str(error).strip().splitlines()[0]})"
+        raise ModelError(f"{said}; {expected}") from error
+    if not network:
+        return loaded
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        said = f"{str(name)!r} is not the weights of {kind.__name__}: {len(missing)} are missing, such as {missing[0]}"
+        raise ModelError(f"{said}; {expected}")
+    return model.float().eval()
 
 
 def _pooled(output: Any) -> Tensor:
@@ -165,7 +173,11 @@ class Lpips:
             ) from error
         self.name, self.device = name, torch.device(device)
         if name in NETS:
-            model = LPIPS(net=name, spatial=True, verbose=False)
+            try:
+                model = LPIPS(net=name, spatial=True, verbose=False)
+            except OSError as error:
+                said = f"the weights of lpips={name!r} cannot be had ({error})"
+                raise ModelError(f"{said}; expected a connection to torchvision's, a folder, or 'none'") from error
         else:
             model = LPIPS(net=held[0], pretrained=False, pnet_rand=True, spatial=True, verbose=False)
             try:
@@ -250,7 +262,7 @@ def weights_digest(source: Path) -> str:
 def versions() -> dict[str, str | None]:
     """Versions of the packages that features depend on; None for those that are not installed."""
     found: dict[str, str | None] = {}
-    for name in ("transformers", "torch", "torchmetrics", "lpips", "torchvision", "pillow", "scikit-image"):
+    for name in ("transformers", "torch", "torchmetrics", "lpips", "torchvision", "pillow", "scikit-image", "scipy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def method_of(name: str, *, steps: int | None = None, guidance_scale: float | No
     if steps is not None:
         method = replace(method, steps=steps)
     if guidance_scale is not None:
-        method = guided(method, guidance_scale)
+        method = replace(method, guidance_scale=guidance_scale)
     for key, value in _settings(name, changes).items():
         method = _changed(method, key, value, name)
+    if getattr(method, "inversion", None) == "null_text" and method.guidance_scale is not None:
+        # It optimises for the scale that it edits with, whatever named that.
+        method = replace(method, options={**method.options, "guidance_scale": method.guidance_scale})
     _require_settings(method, name)
     return method
 
@@ -95,13 +99,6 @@ def _require_settings(method: Method | Generation, name: str) -> None:
             raise ArgumentError(f"method {name!r}: {error}") from error
 
 
-def guided(method: Method | Generation, scale: float) -> Method | Generation:
-    """The method at another guidance scale; null-text optimises for the scale that it edits with."""
-    if isinstance(method, Method) and method.inversion == "null_text":
-        method = replace(method, options={**method.options, "guidance_scale": scale})
-    return replace(method, guidance_scale=scale)
-
-
 def _settings(name: str, text: str) -> dict[str, Any]:
     if not text:
         return {}
@@ -124,8 +121,6 @@ def _changed(method: Method | Generation, key: str, value: Any, name: str) -> Me
         known = sorted(own | of_edit | of_blend)
         expected = f"expected one of {', '.join(known)}"
         raise ArgumentError(f"method {name!r}: no setting {key!r};{did_you_mean(key, known)} {expected}")
-    if key == "guidance_scale":
-        return guided(method, value)
     if key in own:
         return replace(method, **{key: value})
     if key in of_blend:
@@ -172,7 +167,7 @@ def takes_mask(method: MethodFunction) -> bool:
 
 
 def described(method: MethodFunction) -> dict[str, Any]:
-    """The settings of a method as JSON-able values; of a user's function, a digest of the file it is in.
+    """The settings of a method as JSON-able values; of a user's function, its name and a digest of the file it is in.
 
     With the edits that it makes, by words and with a subject, in full: what a method leaves to the library's defaults is a
     setting too, and rows of other defaults do not belong into one folder.
@@ -183,11 +178,23 @@ def described(method: MethodFunction) -> dict[str, Any]:
         return asdict(method) | {"call": PAPER}
     if isinstance(method, Generation | Paste):
         return json.loads(json.dumps(asdict(method), default=list))
+    return _defined(method) | {"mask_input": takes_mask(method)}
+
+
+def _defined(method: MethodFunction) -> dict[str, Any]:
+    """Name of a user's function and digest of the file that it is in, beneath decorators; of an object, those of its class; of
+    a `functools.partial`, those of its function, and the arguments as far as JSON can hold them."""
+    # Their `__call__` is in files of others: torch.no_grad's wrapper in torch, whose digest says nothing of the method.
+    method = inspect.unwrap(method)
+    if isinstance(method, partial):
+        given = json.loads(json.dumps([method.args, method.keywords], default=lambda value: type(value).__qualname__))
+        return _defined(method.func) | {"arguments": given}
+    made = method if hasattr(method, "__qualname__") else type(method)
     try:
-        digest = hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
-    except (TypeError, OSError):  # an object without a file of its own
+        digest = hashlib.sha256(Path(inspect.getfile(made)).read_bytes()).hexdigest()[:16]
+    except (TypeError, OSError):  # built in, or made without a file
         digest = None
-    return {"function": getattr(method, "__qualname__", repr(method)), "digest": digest, "mask_input": takes_mask(method)}
+    return {"function": made.__qualname__, "digest": digest}
 
 
 def _edits(method: Method) -> dict[str, dict[str, Any]]:

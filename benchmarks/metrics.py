@@ -1,6 +1,6 @@
 """Measures of pictures, masks and features. Pure functions: uint8 pictures (H, W, 3), bool masks (H, W), float vectors.
 
-SSIM is scikit-image's, the published one torchmetrics'; what is a line of numpy is that. A region is a mask whose pixels count;
+MSE, PSNR and SSIM are scikit-image's, the published SSIM is torchmetrics'. A region is a mask whose pixels count;
 errors are averaged over them, so `mse` and `psnr` do not depend on its area (`ssim` does a little: windows at its edge see the
 same black in both pictures). The `published_` ones of PIE-Bench (Ju et al. 2024) do: they black out the region of the edit in
 both pictures and average over the whole frame.
@@ -34,6 +34,12 @@ def _require_masks(a: np.ndarray, b: np.ndarray) -> None:
         raise ValueError(f"masks {a.dtype} {a.shape} and {b.dtype} {b.shape}; expected bool of one shape (H, W)")
 
 
+def _values(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The channels of two pictures in [0, 1], float64, of the pixels of `mask` alone."""
+    _require(a, b, mask)
+    return tuple((picture if mask is None else picture[mask]).astype(np.float64) / 255 for picture in (a, b))
+
+
 def mse(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
     """Mean squared error of two pictures scaled to [0, 1], over the pixels of `mask`; 0 (equal) to 1, lower is closer.
 
@@ -41,9 +47,9 @@ def mse(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
 
     Raises `ValueError` for pictures or masks that do not fit, and for a mask without pixels.
     """
-    _require(a, b, mask)
-    squared = (a.astype(np.float64) / 255 - b.astype(np.float64) / 255) ** 2
-    return float((squared if mask is None else squared[mask]).mean())
+    from skimage.metrics import mean_squared_error
+
+    return float(mean_squared_error(*_values(a, b, mask)))
 
 
 def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
@@ -51,8 +57,10 @@ def psnr(a: np.ndarray, b: np.ndarray, mask: np.ndarray | None = None) -> float:
 
     10 log10 of one over `mse` (Wang and Bovik 2009). Raises `ValueError` as `mse` does.
     """
-    error = mse(a, b, mask)
-    return math.inf if error == 0 else -10 * math.log10(error)
+    from skimage.metrics import peak_signal_noise_ratio
+
+    pair = _values(a, b, mask)
+    return math.inf if np.array_equal(*pair) else float(peak_signal_noise_ratio(*pair, data_range=1))
 
 
 def capped(decibels: float) -> float:
@@ -116,7 +124,10 @@ def outline_f(a: np.ndarray, b: np.ndarray, reach: float) -> float:
 
 
 def changed(a: np.ndarray, b: np.ndarray, levels: int = CHANGED) -> np.ndarray:
-    """Where two pictures differ by more than `levels` of 255 in a channel, (H, W) bool."""
+    """Where two pictures differ by more than `levels` of 255 in a channel, (H, W) bool; a mask, to be compared by `iou`.
+
+    Raises `ValueError` for pictures that do not fit.
+    """
     _require(a, b)
     return (np.abs(a.astype(np.int16) - b.astype(np.int16)) > levels).any(-1)
 
@@ -179,7 +190,11 @@ def published_ssim(a: np.ndarray, b: np.ndarray, edited: np.ndarray) -> float:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine of two feature vectors (D,), -1 to 1; higher is closer. Raises `ValueError` for a vector of zeros."""
+    """Cosine of two feature vectors (D,), -1 to 1; higher is closer.
+
+    Of two pictures' CLIP or DINO features it is DreamBooth's CLIP-I or DINO (Ruiz et al. 2023, section 4.1), of a picture's and
+    a text's CLIP-T. Raises `ValueError` for a vector of zeros.
+    """
     a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
     lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
     if a.shape != b.shape or not lengths > 0:

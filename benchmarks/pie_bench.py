@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmarks import features, metrics
 from benchmarks.suite import COSTS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values, data_folder, occurrences
+from p2p_subject.checks import is_whole
 from p2p_subject.images import load_image
 
 ORIGIN = "https://github.com/cure-lab/PnPInversion (Benchmark Download; a form asks for an address)"
@@ -55,11 +56,11 @@ def decoded(lengths: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
 
     Runs beyond the picture are cut, as published. Raises `SuiteError` for a list that is not one of pairs.
     """
-    runs = np.asarray(lengths)
-    if runs.ndim != 1 or len(runs) % 2 or (len(runs) and (not np.issubdtype(runs.dtype, np.integer) or runs.min() < 0)):
-        raise SuiteError(f"a mask of {len(runs)} numbers; expected pairs of a start and a length, 0 or more")
+    if not isinstance(lengths, list | tuple) or len(lengths) % 2 or not all(is_whole(number, 0) for number in lengths):
+        shown = f"of {len(lengths)} values" if isinstance(lengths, list | tuple) else repr(lengths)
+        raise SuiteError(f"a mask {shown}; expected a list of pairs of a start and a length, whole numbers of 0 or more")
     flat = np.zeros(shape[0] * shape[1], bool)
-    for start, length in runs.reshape(-1, 2):
+    for start, length in zip(lengths[::2], lengths[1::2]):
         flat[start : start + length] = True
     return flat.reshape(shape)
 
@@ -81,7 +82,7 @@ class PieBench(Suite):
 
     name = "pie"
     kinds = tuple(KINDS.values())
-    axes = Axes("clip_whole", "published_psnr")
+    axes = Axes("clip_whole", "published_psnr", "unpasted_psnr")
     headline = (
         "published_structure",
         "published_psnr",
@@ -102,10 +103,12 @@ class PieBench(Suite):
             unit="dB",
             about="of the background; the edited region counts as no error; 100 at most",
         ),
-        Measure("published_lpips", "published LPIPS x 10^3", False, scale=1e3, about="of the background, SqueezeNet"),
+        Measure(
+            "published_lpips", "published LPIPS x 10^3", False, scale=1e3, about="of the background; published with SqueezeNet"
+        ),
         Measure("published_mse", "published MSE x 10^4", False, scale=1e4, about="as PSNR"),
         Measure("published_ssim", "published SSIM x 10^2", scale=100, about="of the background over the whole frame"),
-        Measure("clip_whole", "CLIP whole", failed=0.0, about="score of picture and target prompt, ViT-L/14"),
+        Measure("clip_whole", "CLIP whole", failed=0.0, about="score of picture and target prompt; published with ViT-L/14"),
         Measure("published_clip_edited", "published CLIP edited", failed=0.0, about="all but the edited region black"),
         Measure("structure", "structure x 10^3", False, scale=1e3, about="pixels in [0, 1]"),
         Measure("psnr", "PSNR", unit="dB", about="over the background's own area, as the next three"),

@@ -30,9 +30,9 @@ STAR = (
     "* was given the true mask (mask_input); † puts original pixels back after decoding. n is the number of cases (of subjects "
     "in DreamBench and DreamEdit) with a value. A failed case counts as 0 in shares, cosines and IoUs, and has no value in the "
     "rest; the last column says how many failed. Intervals of shares of cases are Wilson's, others by bootstrap, each for "
-    "itself: of twenty differences that are none, one is called ahead or behind."
+    "itself: of twenty differences that are none, about one is called ahead or behind; of fewer than 20 cases none is."
 )
-MIXED = ("threads", "code", "versions", "networks")
+MIXED = ("accelerator", "threads", "code", "versions", "networks")
 """What one run should have one of."""
 
 
@@ -50,7 +50,7 @@ def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     lines = [f"command: {command}" for command in settings.get("commands", [])]
     values = values | {"model": values.get("model") or "the miniature"}
     lines += [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
-    for name in ("device", "machine", "threads", "code", "versions", "networks"):
+    for name in ("device", "accelerator", "machine", "threads", "code", "versions", "networks"):
         # Rows that failed before they had one, and those of suites without networks, have none.
         found = list(dict.fromkeys(_text(row[name]) for row in rows if row.get(name)))
         if not found:

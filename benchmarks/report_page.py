@@ -140,27 +140,27 @@ def short(measure: Measure, value: float | None, named: bool = True) -> str:
 
 
 def plot(section: Section, suite: type[Suite]) -> bytes | None:
-    """Fidelity against preservation and against cost, a point a method with its intervals, as PNG; None without points."""
+    """Fidelity against preservation, as returned and before original pixels were put back, and against cost: a point a method
+    with its intervals, as PNG; None without points."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("plots need matplotlib; install the extra p2p_subject[benchmarks]") from error
-    fidelity, preservation = axes_of(suite)
-    (cost,) = suite.named(suite.axes.cost)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    fidelity, *preservation = suite.named(*suite.axes.shown)
+    panels = [*preservation, *suite.named(suite.axes.cost)]
+    figure = Figure(figsize=(1.5 + 4.5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    drawn = 0
-    for axes, across in zip(figure.subplots(1, 2), (preservation, cost)):
+    points = {}
+    for axes, across in zip(figure.subplots(1, len(panels)), panels):
         for number, (name, own) in enumerate(section.rows.items()):
             (x, _), (y, _) = (mean_of(own, measure, suite) for measure in (across, fidelity))
             if x is None or y is None:
                 continue
-            drawn += 1
             # Rounding may put the end of an interval without width on the wrong side of its mean.
             ends = [(m.scale, v.value - v.low, v.high - v.value) for m, v in ((across, x), (fidelity, y))]
             errors = [[[scale * max(0.0, low)], [scale * max(0.0, high)]] for scale, low, high in ends]
-            axes.errorbar(
+            points[label(name, *own.values())] = axes.errorbar(
                 across.scale * x.value,
                 fidelity.scale * y.value,
                 xerr=errors[0],
@@ -170,17 +170,15 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
                 markersize=8,
                 elinewidth=0.8,
                 linestyle="",
-                label=label(name, *own.values()),
             )
         axes.set_xlabel(f"{across.title}{f', {across.unit}' if across.unit else ''}", fontsize=9)
         axes.set_ylabel(fidelity.title, fontsize=9)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    if not drawn:
+    if not points:
         return None
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    figure.legend(list(points.values()), list(points), loc="outside right center", fontsize=8, frameon=False)
     buffer = io.BytesIO()
     # Without the version of matplotlib in it, the same rows give the same file.
     figure.savefig(buffer, dpi=110, format="png", metadata={"Software": None})

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.lanes import Task, in_lanes
 from benchmarks.method_names import applies, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
-from benchmarks.run_folder import ROWS, Row, RunError, RunFolder, read_rows, require_folder
+from benchmarks.run_folder import Row, RunError, RunFolder, held_settings, merged_settings, read_rows, require_folder
 from benchmarks.suite import Case, Options, Suite
 from benchmarks.suites import SUITES, open_suite
 from benchmarks.worker import Settings, Worker, lost, require_possible
@@ -61,20 +61,29 @@ def record(settings: Settings, suite: Suite, methods: Mapping[str, MethodFunctio
 
     Raises `ModelError` where the suite, or the `methods` that are asked for cases, can do nothing with the model.
     """
-    if suite.of_photos and settings.model is None:
-        raise ModelError(f"suite {suite.name!r} is of photographs, which the miniature cannot draw; pass --model NAME|FOLDER")
+    require_drawable(settings, suite)
     editor = Editor.from_pretrained(settings.model)
     require_possible(editor, suite, methods)
+    own = {"fingerprint": editor.model.fingerprint, "model_guidance_scale": editor.model.guidance_scale}
+    return asked_settings(settings, suite) | own
+
+
+def asked_settings(settings: Settings, suite: Suite) -> dict[str, Any]:
+    """The part of `record` that needs no model."""
     return {
         "suite": settings.suite,
         **suite.record(),
         "model": settings.model,
-        "fingerprint": editor.model.fingerprint,
-        "model_guidance_scale": editor.model.guidance_scale,
         "steps": settings.steps,
         "guidance_scale": settings.guidance_scale,
         "dtype": settings.dtype,
     }
+
+
+def require_drawable(settings: Settings, suite: Suite) -> None:
+    """Raise `ModelError` for photographs without a model for them."""
+    if suite.of_photos and settings.model is None:
+        raise ModelError(f"suite {suite.name!r} is of photographs, which the miniature cannot draw; pass --model NAME|FOLDER")
 
 
 def require_devices(devices: Sequence[str]) -> None:
@@ -142,12 +151,21 @@ def measure(
         return [folder.rows[name, id] for name, _, id in tasks]
 
 
-def preview(settings: Settings) -> str:
-    """What a run would do, as text: cases and methods by kind, and how much of it the folder holds. Loads no model."""
+def preview(settings: Settings, retry: bool = False) -> str:
+    """What a run would do, as text: cases and methods by kind, and how much of it the folder holds.
+
+    Loads no model, so that the folder is of the same one is not looked at; all else that the run would refuse it for is.
+    """
     suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
+    require_drawable(settings, suite)
+    require_folder(settings.out)
     tasks = plan(suite, methods)
-    rows = read_rows(settings.out) if (settings.out / ROWS).exists() else []
-    held = {(row["method"], row["case"]) for row in rows}
+    known = held_settings(settings.out)
+    if known is not None:
+        asked = known["settings"] | asked_settings(settings, suite)
+        merged_settings(known, asked, {name: described(method) for name, method in methods.items()}, settings.out)
+    rows = [] if known is None else read_rows(settings.out)
+    held = {(row["method"], row["case"]) for row in rows if not (retry and "error" in row)}
     lines = [f"suite {settings.suite}: " + ", ".join(f"{name} {value}" for name, value in suite.record().items())]
     for kind, ids in suite.ids().items():
         names = [name for name in methods if any(task[:2] == (name, kind) for task in tasks)]
@@ -194,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not methods or not devices or given.processes < 1 or given.threads < 1:
             raise ArgumentError("--methods, --devices, --processes and --threads need one or more each")
         if given.dry_run:
-            print(preview(settings))
+            print(preview(settings, given.retry))
             return 0
         command = shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)])
         rows = measure(settings, devices, given.processes, given.retry, command)

@@ -55,10 +55,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("a") as lock:
             _lock(lock, self.path)
-            known = read_settings(self.path) if (self.path / SETTINGS).exists() else None
-            if known is None and (self.path / ROWS).exists() and (self.path / ROWS).stat().st_size:
-                raise RunError(f"{self.path} holds rows but no {SETTINGS} that says of what; put it back or give another --out")
-            merged = _merged(known, settings, methods, self.path)
+            known = held_settings(self.path)
+            merged = merged_settings(known, settings, methods, self.path)
             written = (self.path / ROWS).read_bytes() if (self.path / ROWS).exists() else b""
             whole = written[: written.rfind(b"\n") + 1]
             self.rows = _parsed(whole, self.path)
@@ -159,7 +157,19 @@ def _parsed(content: bytes, path: Path) -> dict[tuple[str, str], Row]:
     return rows
 
 
-def _merged(known: Row | None, settings: Mapping[str, Any], methods: Mapping[str, Any], path: Path) -> Row:
+def held_settings(path: Path) -> dict[str, Any] | None:
+    """The settings that the rows of a folder are of; None where it holds no rows, such as after a run that was refused.
+
+    Raises `RunError` for rows without them.
+    """
+    if not (path / ROWS).exists() or not (path / ROWS).stat().st_size:
+        return None
+    if not (path / SETTINGS).exists():
+        raise RunError(f"{path} holds rows but no {SETTINGS} that says of what; put it back or give another --out")
+    return read_settings(path)
+
+
+def merged_settings(known: Row | None, settings: Mapping[str, Any], methods: Mapping[str, Any], path: Path) -> Row:
     """The settings to write: those given, with the methods of earlier calls; `RunError` where they contradict."""
     # As they will be read back: with lists for tuples.
     settings, methods = json.loads(json.dumps([dict(settings), dict(methods)]))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.features import Networks
-from p2p_subject.checks import Word
+from p2p_subject.checks import LAST_SEED, SEED, Word, is_whole
 from p2p_subject.errors import P2PSubjectError
 from p2p_subject.tokens import phrase_pattern
 
@@ -118,11 +118,18 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Axes:
-    """Names of the measures that reports plot: fidelity, preservation and cost."""
+    """Names of the measures that reports plot: fidelity, preservation, the same before original pixels were put back, which a
+    suite may lack, and cost."""
 
     fidelity: str
     preservation: str
+    unpasted: str | None = None
     cost: str = "work"
+
+    @property
+    def shown(self) -> list[str]:
+        """Those that an overview has of every kind."""
+        return [name for name in (self.fidelity, self.preservation, self.unpasted) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,8 @@ class Suite(ABC):
             raise SuiteError(f"suite {self.name!r} has no cases {unknown}; its kinds are {', '.join(self.kinds)}")
         if options.count is not None and options.count < 1:
             raise SuiteError(f"count={options.count}; expected 1 or more cases a kind")
+        if not is_whole(options.seed, 0, LAST_SEED):
+            raise SuiteError(f"seed={options.seed}; expected {SEED}")
         for name in {"split", "data", "clip", "dino", "lpips"} - set(self.takes):
             # What is not there can be left out.
             if (value := getattr(options, name)) not in (getattr(Options, name), "none"):

@@ -65,6 +65,8 @@ def code() -> str:
     """Short hash of the code that values depend on."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     files = [file for folder in ("inversion", "p2p_subject") for file in sorted((root / folder).rglob("*.py"))]
+    # What the world draws with.
+    files += sorted((root / "p2p_subject").rglob("*.png"))
     for file in [*files, *(root / "benchmarks" / f"{name}.py" for name in MEASURING)]:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
@@ -89,6 +91,8 @@ class Worker:
         self.suite = open_suite(settings.suite, replace(settings.options, device=device))
         self.methods = settings.named_methods()
         self.fingerprint = self.editor.model.fingerprint
+        on_cuda = torch.device(device).type == "cuda"
+        self.accelerator = torch.cuda.get_device_name(device) if on_cuda else None
         self.folder = RunFolder(settings.out)
 
     def warm_up(self) -> None:
@@ -100,6 +104,7 @@ class Worker:
         """Run a method on a case, measure and save what it returns; a failure is a row with its error and no values."""
         method = self.methods[name]
         row = begun(self.settings, self.device, self.fingerprint, takes_mask(method), name, kind, id)
+        row["accelerator"] = self.accelerator
         values: Values = {}
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", UserWarning)
@@ -130,7 +135,9 @@ def with_work(cost: Mapping[str, Any]) -> dict[str, Any]:
 def begun(settings: Settings, device: str, fingerprint: str, mask_input: bool, name: str, kind: str, id: str) -> Row:
     """What the row of a case says before the case is read."""
     row: Row = {"suite": settings.suite, "kind": kind, "case": id, "method": name, "mask_input": mask_input, "pasted": False}
-    row |= {"seed": None, "device": device, "threads": settings.threads, "model": fingerprint, "trajectory": None}
+    # The accelerator's name is asked for by what uses it: here it would be loaded in the process that hands out the work, too.
+    row |= {"seed": None, "device": device, "accelerator": None, "threads": settings.threads, "model": fingerprint}
+    row |= {"trajectory": None}
     return row | {"pictures": {}, "began": round(time.time(), 3)} | environment()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,13 @@ def test_methods_are_named_with_settings() -> None:
     assert changed.blend["threshold"] == 0.4 and changed.blend["rule"] == "share" and METHODS["direct+p2p"].skip == 0
     guided = method_of("null-text+p2p", steps=4, guidance_scale=2.0)
     assert (guided.steps, guided.guidance_scale, guided.options["guidance_scale"]) == (4, 2.0, 2.0)
+    # Null-text inversion optimises for the scale of the edit, wherever that and the inversion are named.
+    for name, scale in (
+        ("ours[inversion=null_text]", 4),
+        ("ours[guidance_scale=4,inversion=null_text]", 2),
+        ("ours[inversion=null_text,guidance_scale=4]", None),
+    ):
+        assert method_of(name, guidance_scale=scale).options == {"guidance_scale": 4}
     assert method_of("generate-only[steps=3]").steps == 3
     assert described(changed)["blend"]["threshold"] == 0.4
     assert json.dumps(described(method_of("null-text+p2p"))) and described(METHODS["blip-diffusion"])["call"] == PAPER
@@ -163,6 +171,22 @@ def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: 
     other = lambda word, subject, **changes: EditSpec(swap=word, subject=subject, **{"room": 0.25, **changes})  # noqa: E731
     monkeypatch.setattr("benchmarks.methods.swap_subject", other)
     assert described(METHODS["ours"]) != json.loads(json.dumps(described(METHODS["ours"]) | {"edits": edits}))
+
+
+def test_a_users_method_is_known_by_its_own_file_beneath_what_wraps_it() -> None:
+    def mine(editor, case, strength: float = 1.0, at: object = None) -> None: ...
+
+    class Callable_:
+        def __call__(self, editor, case) -> None: ...
+
+    plain = described(mine)
+    assert plain["function"].endswith("mine") and plain["digest"] == described(Callable_())["digest"] is not None
+    assert described(torch.no_grad()(mine)) == plain
+    # Objects have addresses, which no two processes share.
+    assert described(Callable_()) == described(Callable_()) and "0x" not in json.dumps(described(Callable_()))
+    half, other = (partial(mine, strength=strength, at=object()) for strength in (0.5, 0.6))
+    assert described(half)["digest"] == plain["digest"] and described(half) != described(other)
+    assert described(half) == described(partial(mine, strength=0.5, at=object()))
 
 
 @pytest.mark.parametrize(

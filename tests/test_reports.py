@@ -11,8 +11,9 @@ from PIL import Image
 
 from benchmarks import report
 from benchmarks.report_page import sheet
-from benchmarks.report_tables import grouped, overview, sections, shared, worst_first
+from benchmarks.report_tables import FEWEST, grouped, overview, sections, shared, standing, worst_first
 from benchmarks.run_folder import read_rows, read_settings
+from benchmarks.statistics import Mean
 from benchmarks.world_suite import WorldSuite
 from p2p_subject.errors import ArgumentError
 from tests.benchmarking import Page, made_run
@@ -32,7 +33,8 @@ def test_cases_of_one_subject_count_as_one() -> None:
     assert ours == {"a": 1.0, "b": None, "c": None} and theirs == {"a": 0.0, "b": None, "c": None}
 
 
-def test_tables_hold_mean_interval_n_and_paired_differences(tmp_path: Path) -> None:
+def test_tables_hold_mean_interval_n_and_paired_differences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.report_tables.FEWEST", 5)
     rows = read_rows(made_run(tmp_path))
     (section,) = sections(rows, WorldSuite, ["good", "bad"], "good")
     (means, differences), rest = section.tables, section.rest
@@ -48,6 +50,18 @@ def test_tables_hold_mean_interval_n_and_paired_differences(tmp_path: Path) -> N
     assert told["edit achieved ↑"].endswith("+") and told["work in rows ↓"].endswith("=") and told["mask IoU ↑"] == "- (0 of 6)"
     assert {c for t in (means, rest) for c in t.columns} > {"right look ↑", "peak memory, MiB ↓"}
     assert section.cases == 6
+
+
+def test_few_cases_have_differences_and_no_verdict(tmp_path: Path) -> None:
+    (section,) = sections(read_rows(made_run(tmp_path)), WorldSuite, ["good", "bad"], "good")
+    assert "+10.00 (5 of 6)" in section.tables[1].lines[0]
+    for count, verdict in ((FEWEST - 1, ""), (FEWEST, "+")):
+        assert standing(Mean(1.0, 0.5, 1.5, count, count), WorldSuite.measures[0]) == verdict
+
+
+def test_a_kind_that_the_leading_method_did_not_run_is_compared_all_the_same(tmp_path: Path) -> None:
+    (section,) = sections(read_rows(made_run(tmp_path)), WorldSuite, ["other", "good", "bad"], "other")
+    assert section.tables[1].title.startswith("good less the method") and section.tables[1].lines[0][0] == "bad *"
 
 
 def test_methods_of_other_cases_are_compared_on_those_of_all(tmp_path: Path) -> None:

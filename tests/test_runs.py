@@ -66,6 +66,8 @@ def test_a_run_that_is_there_already_runs_nothing_and_adds_what_is_new(
     said = capsys.readouterr().out
     assert "swap: 2 cases by ours, lavis, paste" in said and "add: 2 cases by ours\n" in said
     assert "8 rows in" in said and "3 of them done, 5 to run" in said
+    # What the run would refuse, its preview does.
+    assert run.main([*options, "--seed", "1"]) == 1 and "seed: 0 there, 1 now" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused(everything: Path, miniature_folder: Path, mine: Path) -> None:
@@ -103,8 +105,10 @@ def test_users_functions_run_and_failures_are_rows_that_count(miniature_folder: 
     line = next(line for line in found.tables[0].lines if line[0] == "my_methods:picky")
     assert line[-1] == "1" and line[1].startswith("0.000 (") and "; 2)" in line[1]
     # Failed cases are run again where that is asked for, and only they: those of other methods stay.
+    failed = settings_of(miniature_folder, mine / "out", "my_methods:picky")
+    assert "2 of them done, 0 to run" in run.preview(failed) and "1 of them done, 1 to run" in run.preview(failed, retry=True)
     before = {key: row for key, row in by.items() if "error" not in row or key[0] == "wrong"}
-    again = run.measure(settings_of(miniature_folder, mine / "out", "my_methods:picky"), retry=True)
+    again = run.measure(failed, retry=True)
     assert len(again) == 2 and sum("error" in row for row in again) == 1
     kept = read_rows(mine / "out")
     assert len(kept) == 6 and all(row in kept for row in before.values())

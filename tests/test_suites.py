@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from benchmarks import dreambench, dreamedit, features, metrics, pie_bench, run, world_suite
@@ -165,7 +165,10 @@ def test_what_the_world_adds_for_edits_changes_one_thing_each() -> None:
         (Options(kinds=("swp",)), "has no cases"),
         (Options(count=0), "1 or more"),
         (Options(split="train"), "validation"),
-        (Options(seed=-1), "0 or more"),
+        (Options(seed=-1), "from 0 to"),
+        (Options(seed=2**63), "has those below"),
+        # Cases beyond would be scenes of another kind, and looks of the validation.
+        (Options(count=10_001), "10000 cases a kind"),
         (Options(clip="x"), "clip='x' means nothing to the suite 'world'; leave it out"),
         (Options(data=Path("x")), "data='x' means nothing"),
     ],
@@ -287,6 +290,15 @@ def test_networks_that_are_not_there_are_named(networks: dict[str, str], tmp_pat
         features.Clip(tmp_path)
     with pytest.raises(ModelError, match="Did you mean 'squeeze'"):
         features.Lpips("sqeeze")
+    (tmp_path / "config.json").write_text((Path(networks["dino"]) / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match=r"ViTModel .* cannot be loaded"):
+        features.Dino(tmp_path)
+    # Weights of other names would be left as they are drawn, and measure noise.
+    weights = load_file(Path(networks["dino"]) / "model.safetensors")
+    save_file({f"backbone.{name}": w for name, w in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"is not the weights of ViTModel: \d+ are missing, such as "):
+        features.Dino(tmp_path)
     made = features.Networks("none", networks["dino"], None, "cpu")
     assert made.clip is None and made.lpips is None and made.dino is made.dino
     assert features.versions()["torch"] == torch.__version__
@@ -299,8 +311,9 @@ def test_networks_that_are_not_there_are_refused_before_anything_is_edited(
     model = ["--model", str(miniature_folder), "--methods", "ours", "--steps", "2"]
     assert run.main([*options, *model, "--out", str(tmp_path / "out")]) == 1
     assert "ViTModel" in capsys.readouterr().err and (tmp_path / "out" / "rows.jsonl").read_bytes() == b""
-    assert run.main([*options, *model, "--out", str(tmp_path / "other"), "--dino", "none", "--cases", "change-object"]) == 0
-    (row,) = read_rows(tmp_path / "other")
+    # What was refused has no rows, so that its folder takes what the message says to pass.
+    assert run.main([*options, *model, "--out", str(tmp_path / "out"), "--dino", "none", "--cases", "change-object"]) == 0
+    (row,) = read_rows(tmp_path / "out")
     assert "error" not in row and row["metrics"]["published_psnr"] > 0 and row["metrics"]["clip_whole"] is None
     assert row["networks"] == {}
 
@@ -404,7 +417,7 @@ def test_run_lengths_are_read_back_and_get_the_published_border(pixels: list[boo
 
 def test_run_lengths_beyond_the_picture_are_cut_and_odd_ones_refused() -> None:
     assert decoded([10, 1000], (4, 6)).ravel()[10:].all()
-    for wrong in ([1], [0, -3], [0.5, 2]):
+    for wrong in ([1], [0, -3], [0.5, 2], None, "[0, 10]", [[0], [1, 2]], 4):
         with pytest.raises(SuiteError, match="pairs"):
             decoded(wrong, (4, 6))
 
@@ -502,7 +515,7 @@ def test_pie_bench_says_what_is_missing_and_where_it_comes_from(pie: Path, tmp_p
         (text.replace("blended_word", "blend"), "lacks blended_word"),
         (text.replace('"editing_type_id": "9"', '"editing_type_id": "12"'), "'0' to '9'"),
         (text, "entry '111000000000': a picture of 64x64; expected 512x512"),
-        (text.replace("[0, 262144]", "[0]"), "entry '900000000001': a mask of 1 numbers; expected pairs"),
+        (text.replace("[0, 262144]", "[0]"), "entry '900000000001': a mask of 1 values; expected a list of pairs"),
         ("[]", "an entry for each"),
     ]:
         (tmp_path / "mapping_file.json").write_text(content)
