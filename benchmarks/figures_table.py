@@ -78,7 +78,7 @@ LINES = (
     Line("inversion, s", "swap", "invert_seconds", failed=None),
     Line("inversion and edit, s", "swap", "seconds", 10, 5, failed=None),
 )
-"""The table, with the thresholds of a first issue and the goals."""
+"""The table, with the thresholds and the goals that were set before the figures were known."""
 
 
 def summarise(line: Line, rows: Sequence[dict]) -> Figure | None:

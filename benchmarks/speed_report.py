@@ -150,6 +150,7 @@ def figures(rows: Sequence[Row], device: str, steps: int) -> list[Figure]:
         *_published("published loop / edit of a generated source", r, "run published", "run edit-generated"),
         *_published("published loop, maps not needed left out / recorded", r, "run published-fused", "run edit-recorded"),
         *_ratio("edit of a recorded source / generation", r, "run edit-recorded", "run generate", 0.95, 1.05),
+        *_ratio("edit of an inverted source / generation", r, "run edit-inverted", "run generate"),
         *_ratio("4 edits of it / generation of 4 pictures", r, "run edit-recorded-4", "run generate-4", 0.95, 1.05),
         *_ratio("4 edits of it / 4 x generation of one", r, "run edit-recorded-4", "run generate", factor=4),
         *_ratio("recording a source / generation", r, "run record", "run generate"),

@@ -1,4 +1,4 @@
-"""Direct inversion: the source is read from the stored latents, so it cannot drift (Ju et al. 2023, "PnP Inversion")."""
+"""Direct inversion: the source is read from the stored latents, so it cannot drift (Ju et al. 2024, "PnP Inversion")."""
 
 from __future__ import annotations
 

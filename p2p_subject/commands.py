@@ -5,6 +5,7 @@ Everything that can be wrong is checked before a network runs, and files are wri
 
 from __future__ import annotations
 
+import os
 import platform
 import tempfile
 from argparse import Namespace
@@ -40,7 +41,9 @@ SAVED_SOURCE = (".safetensors",)
 
 def edit(arguments: Namespace) -> Report:
     """Edit a picture or a saved source."""
-    targets = output_files(image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source)
+    targets = output_files(
+        arguments, image=arguments.out, mask=arguments.mask_out, sheet=arguments.sheet, source=arguments.save_source
+    )
     spec = _spec(arguments)
     if "mask" in targets and spec.blend is None and arguments.mask is None:
         raise OutputError("--mask-out: without a word to swap, add or remove and without --mask there is no mask")
@@ -77,7 +80,7 @@ def edit(arguments: Namespace) -> Report:
 
 def heatmap(arguments: Namespace) -> Report:
     """Show the attention to words of a picture's prompt."""
-    targets = output_files(image=arguments.out)
+    targets = output_files(arguments, image=arguments.out)
     opened, prompt = _open(arguments)
     control = control_of(arguments, opened)
     editor = load_editor(arguments)
@@ -207,8 +210,8 @@ def devices() -> list[str]:
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
 
 
-def output_files(**paths: str | None) -> dict[str, Path]:
-    """The files to write, by name of the output."""
+def output_files(arguments: Namespace, **paths: str | None) -> dict[str, Path]:
+    """The files to write, by name of the output; `OutputError` for one that cannot be, or that the command reads."""
     targets = {
         name: check_target(path, SAVED_SOURCE if name == "source" else IMAGE_FORMATS)
         for name, path in paths.items()
@@ -216,8 +219,19 @@ def output_files(**paths: str | None) -> dict[str, Path]:
     }
     if len(set(targets.values())) < len(targets):
         raise OutputError(f"one file is named for several outputs ({', '.join(map(str, targets.values()))}); name one for each")
+    if own := read_files(arguments) & set(targets.values()):
+        raise OutputError(f"{str(min(own))!r} is read by the same command, which would replace it; give another name to write")
     require_writable(*{path.parent for path in targets.values()})
     return targets
+
+
+def read_files(arguments: Namespace) -> set[Path]:
+    """The files that a command reads, links followed: its source, masks, and pictures of subjects and structure."""
+    named = [getattr(arguments, name, None) for name in ("source", "structure", "mask", "control")]
+    named += [*(getattr(arguments, "subject", None) or ()), *(getattr(arguments, "to", None) or ())]
+    # A control picture may stand behind its kind: canny:photo.png.
+    named.append((getattr(arguments, "control", None) or "").partition(":")[2])
+    return {Path(os.path.realpath(path)) for path in named if path}
 
 
 def require_writable(*folders: Path) -> None:

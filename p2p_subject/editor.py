@@ -170,7 +170,7 @@ class Editor:
         made from the picture, such as "canny", and `control_strength` how much it counts; edits of the source keep to it too.
         `method` and its `options`:
 
-        - "direct" (Ju et al. 2023): DDIM inversion, the source read from the stored latents. One U-Net row a step.
+        - "direct" (Ju et al. 2024): DDIM inversion, the source read from the stored latents. One U-Net row a step.
         - "ddim" (Song et al. 2021): the source is generated again with guidance, as first published; it drifts.
         - "fixed_point" (Pan et al. 2023): each step iterated `iterations` times until it is the inverse of sampling.
         - "negative_prompt" (Miyake et al. 2023): guidance against the source's own prompt; `proximal` (Han et al. 2023), a

@@ -41,7 +41,7 @@ def generate(arguments: Namespace) -> Report:
     numbered = _numbered(arguments.out, arguments.count)
     if arguments.count > 1 and arguments.save_source:
         raise ArgumentError(f"--save-source keeps one generation, --count {arguments.count} was given; leave one out")
-    targets = output_files(source=arguments.save_source, **numbered)
+    targets = output_files(arguments, source=arguments.save_source, **numbered)
     subject = subject_of(arguments)
     _choose_seed(arguments)
     control = control_of(arguments)
@@ -58,7 +58,7 @@ def generate(arguments: Namespace) -> Report:
 
 def interpolate(arguments: Namespace) -> Report:
     """Generate a strip of frames from one subject to another, from the same noise."""
-    targets = output_files(image=arguments.out)
+    targets = output_files(arguments, image=arguments.out)
     first, second = subject_of(arguments), Subject(arguments.to, arguments.to_category or arguments.category)
     _choose_seed(arguments)
     amounts = [k / max(arguments.frames - 1, 1) for k in range(arguments.frames)]
@@ -82,7 +82,7 @@ def interpolate(arguments: Namespace) -> Report:
 
 def stylize(arguments: Namespace) -> Report:
     """Generate in the style of one picture along the structure of another."""
-    targets = output_files(image=arguments.out, source=arguments.save_source)
+    targets = output_files(arguments, image=arguments.out, source=arguments.save_source)
     style, structure = subject_of(arguments), load_image(arguments.structure, what="structure")
     _choose_seed(arguments)
     control = control_of(arguments, structure)

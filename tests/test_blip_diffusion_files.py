@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +259,20 @@ def test_pickles_cannot_be_asked_for(saved, pipeline, tmp_path):
         BlipDiffusionPipeline.from_pretrained(saved, use_safetensors=False)
     with pytest.raises(ModelError, match="safe_serialization"):
         pipeline.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_pickled_weights_are_converted_as_the_readme_says(broken, pipeline, monkeypatch):
+    for part, name in NETWORKS.items():
+        path = broken / part / name
+        torch.save(load_file(path), path.with_name("pytorch_model.bin" if name == "model.safetensors" else f"{path.stem}.bin"))
+        path.unlink()
+    with pytest.raises(ModelError, match=r"holds pickled weights"):
+        BlipDiffusionPipeline.from_pretrained(broken)
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```py\n(.*?)```", readme, re.DOTALL) if "weights_only" in block)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, local_dir: broken)
+    exec(compile(code, "README.md", "exec"), {})
+    assert torch.equal(generate(BlipDiffusionPipeline.from_pretrained(broken)), generate(pipeline))
 
 
 def test_what_is_no_model_is_refused_with_what_was_expected(tmp_path, broken):

@@ -230,6 +230,26 @@ class TestControl:
         assert (shell.folder / "own.png").read_bytes() == (shell.folder / "out.png").read_bytes()
 
     @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("edit", "{tmp}/own.png", "--prompt", "a cat", "--target-prompt", "a dog"),
+            ("edit", "{scene}", "--prompt", "a cat", "--target-prompt", "a dog", "--mask", "{tmp}/own.png"),
+            ("generate", "a dog", "--subject", "{dog0}", "--subject", "{tmp}/own.png", "--category", "dog"),
+            ("generate", "a dog", "--control", "canny:{tmp}/./own.png"),
+            ("interpolate", "a dog", "--subject", "{dog0}", "--category", "dog", "--to", "{tmp}/own.png"),
+            ("stylize", "{tmp}/own.png", "--style", "{dog0}", "--category", "dog", "--prompt", "a bell"),
+            ("heatmap", "{tmp}/own.png", "--prompt", "a cat", "--words", "cat"),
+        ],
+    )
+    def test_a_command_does_not_replace_what_it_reads(self, shell, monkeypatch, arguments):
+        monkeypatch.setattr(commands, "load_editor", lambda *_: pytest.fail("a model was loaded"))
+        own = shell.folder / "own.png"
+        own.write_bytes(Path(shell.paths["scene"]).read_bytes())
+        code, _, err = shell(*arguments, "--out", "{tmp}/own.png")
+        assert code == 2 and "own.png' is read by the same command" in err
+        assert own.read_bytes() == Path(shell.paths["scene"]).read_bytes()
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (("generate", "a dog", "--controlnet", "x"), "--controlnet without a control picture; add"),

@@ -18,7 +18,14 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys) -> None:
     names: dict = {}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
-    written = {"edited.png", "mask.png", "heatmap.png", "my_dog", "styled.png", *(f"edit_{number}.png" for number in range(7))}
+    written = {
+        "edited.png",
+        "mask.png",
+        "heatmap.png",
+        "tuned_dog",
+        "styled.png",
+        *(f"edit_{number}.png" for number in range(7)),
+    }
     assert {path.name for path in tmp_path.iterdir()} == written
     assert "dog" in capsys.readouterr().out
 

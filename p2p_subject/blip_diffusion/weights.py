@@ -68,7 +68,8 @@ def require_safetensors(folder: Path, stem: str, variant: str | None = None) -> 
             "model that has them."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    found = f"it has {', '.join(others)}: pass the matching variant=" if others else "download the model again"
+    again = "download the model again; if its repository has pickled weights alone, the README says how to convert them"
+    found = f"it has {', '.join(others)}: pass the matching variant=" if others else again
     raise ModelError(f"{folder} has no weights: expected {name}; {found}.")
 
 
