@@ -10,6 +10,7 @@ import io
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ def load_image(source: Any, *, what: str = "image") -> Image.Image:
 
     `source` is a PIL image, a path, the bytes of a picture file, a numpy array (H, W) or (H, W, C), or
     a torch tensor (C, H, W) or (1, C, H, W), C being 1, 3 or 4; arrays and tensors are uint8, uint16 or float
-    in [0, 1]. The EXIF orientation is applied, transparency is composited on white, 16 bits are scaled to 8,
-    metadata is dropped; colour profiles are not applied. `what` names the picture in messages.
+    in [0, 1]. The EXIF orientation is applied, an embedded colour profile is (which makes the pixels sRGB), transparency is
+    composited on white, 16 bits are scaled to 8, metadata is dropped. `what` names the picture in messages. Warns of a profile
+    that does not fit the picture, whose pixels are taken as sRGB then.
 
     Raises `ImageError` for anything else: no or a broken picture, more than one frame, values out of range, a
     side below `MIN_SIDE`, an aspect ratio beyond `MAX_ASPECT`, more than `MAX_PIXELS` pixels.
@@ -57,7 +59,7 @@ def load_image(source: Any, *, what: str = "image") -> Image.Image:
             grey = _to_bytes(values, name)
             grey[values == picture.info.get("transparency", -1)] = 255
             picture = Image.fromarray(grey)
-        return _on_white(picture)
+        return _on_white(_in_srgb(picture, name))
 
 
 def load_alpha(source: Any) -> np.ndarray | None:
@@ -229,6 +231,27 @@ def _upright(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     upright.format = image.format
     return upright
+
+
+def _in_srgb(image: Image.Image, name: str) -> Image.Image:
+    """The picture in sRGB by its embedded colour profile; one without, or of sRGB already, as it is, bit for bit."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    from PIL import ImageCms
+
+    if image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(own).lower():
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (OSError, ImageCms.PyCMSError) as error:
+        said = f"{name}: its colour profile cannot be applied ({error}); its pixels are taken as sRGB"
+        warnings.warn(said, UserWarning, stacklevel=3)
+        return image
 
 
 def _deep_values(image: Image.Image) -> np.ndarray | None:

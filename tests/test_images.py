@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from p2p_subject.errors import ImageError, MaskError
 from p2p_subject.images import MAX_ASPECT, MIN_SIDE, Frame, fit, load_image, load_mask, to_tensor
@@ -57,6 +57,9 @@ def png_16_bit(levels: np.ndarray) -> bytes:
 @pytest.fixture
 def photo() -> Image.Image:
     return Image.fromarray(noise(12, 16, 3))
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 class TestLoadImage:
@@ -172,8 +175,28 @@ class TestLoadImage:
         assert red > 240 and blue < 15
 
     def test_metadata_is_dropped(self, photo, tmp_path):
-        path = saved(photo, tmp_path / "tagged.png", icc_profile=b"profile", dpi=(300, 300))
+        path = saved(photo, tmp_path / "tagged.png", icc_profile=SRGB, dpi=(300, 300))
         assert load_image(path).info == {}
+        # Of sRGB already, the pixels stay what they are.
+        assert np.array_equal(load_image(path), photo)
+
+    @pytest.mark.parametrize(("mode", "suffix"), [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("RGB", "jpg")])
+    def test_colour_profiles_are_applied(self, tmp_path, mode, suffix):
+        """In a profile whose red is green, red pixels are green ones."""
+        swapped = SRGB.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+        for old, new in ((b"rXYZ", b"same"), (b"gXYZ", b"rXYZ"), (b"same", b"gXYZ")):
+            swapped = swapped.replace(old, new)
+        picture = Image.new("RGBA", (16, 16), (200, 10, 30, 255)).convert(mode)
+        read = load_image(saved(picture, tmp_path / f"wide.{suffix}", icc_profile=swapped))
+        assert read.mode == "RGB" and read.info == {}
+        assert np.abs(np.asarray(read).astype(int) - (10, 200, 30)).max() <= 3
+
+    @pytest.mark.parametrize("profile", [b"profile", SRGB])
+    def test_a_profile_that_does_not_fit_is_said_and_left(self, tmp_path, profile):
+        profile = profile.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+        path = saved(Image.new("L", (8, 8), 70), tmp_path / "grey.png", icc_profile=profile)
+        with pytest.warns(UserWarning, match=r"grey\.png.*its colour profile cannot be applied"):
+            assert load_image(path).getpixel((0, 0)) == (70, 70, 70)
 
     def test_60_megapixels_are_accepted_and_capped(self):
         picture = load_image(np.broadcast_to(np.uint8(7), (6000, 10000)))
