@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import features, metrics
-from benchmarks.suite import COSTS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values, data_folder
+from benchmarks.suite import COSTS, SEEDS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values, data_folder
 from p2p_subject.images import load_image
 
 ORIGIN = "https://github.com/google/dreambooth (the folder 'dataset')"
@@ -138,7 +138,7 @@ class DreamBench(Suite):
             raise SuiteError(f"DreamBench has no case {id!r}; ids are such as 'backpack-00-0'")
         category, kind = self.subjects.classes[subject], self.subjects.kind(subject)
         text = self.subjects.prompts[kind][prompt].format(category)
-        seed = 100_000 * self.options.seed + prompt * PICTURES + picture
+        seed = SEEDS * self.options.seed + prompt * PICTURES + picture
         pictures = tuple(load_image(path) for path in self.subjects.pictures(subject))
         return Case(id, self.name, kind, seed, text, text, references=pictures, category=category, facts=subject)
 

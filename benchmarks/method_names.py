@@ -8,7 +8,7 @@ import inspect
 import json
 from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -158,12 +158,19 @@ def _imported(name: str) -> MethodFunction:
 
 def applies(method: MethodFunction, case: Case) -> bool:
     """Whether a method is asked for a case; a user's function is for every one, unless it has an `applies` of its own."""
-    return method.applies(case) if hasattr(method, "applies") else True
+    return own(case) if (own := _attribute(method, "applies")) is not None else True
 
 
 def takes_mask(method: MethodFunction) -> bool:
     """Whether a method is given the true mask."""
-    return bool(getattr(method, "mask_input", False))
+    return bool(_attribute(method, "mask_input"))
+
+
+def _attribute(method: MethodFunction, name: str) -> Any:
+    """An attribute of a method, or of the function that a `functools.partial` of one calls; None where neither has it."""
+    while isinstance(method, partial) and not hasattr(method, name):
+        method = method.func
+    return getattr(method, name, None)
 
 
 def described(method: MethodFunction) -> dict[str, Any]:
@@ -183,18 +190,28 @@ def described(method: MethodFunction) -> dict[str, Any]:
 
 def _defined(method: MethodFunction) -> dict[str, Any]:
     """Name of a user's function and digest of the file that it is in, beneath decorators; of an object, those of its class; of
-    a `functools.partial`, those of its function, and the arguments as far as JSON can hold them."""
+    a `functools.partial`, those of its function, and the arguments: numbers, texts, paths and what holds them, of others the
+    type alone. Raises `ArgumentError` for arguments that are not named so."""
     # Their `__call__` is in files of others: torch.no_grad's wrapper in torch, whose digest says nothing of the method.
     method = inspect.unwrap(method)
     if isinstance(method, partial):
-        given = json.loads(json.dumps([method.args, method.keywords], default=lambda value: type(value).__qualname__))
+        try:
+            given = json.loads(json.dumps([method.args, method.keywords], default=_argument))
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"{method!r}: {error}; a partial method's arguments are kept as JSON, name them so") from error
         return _defined(method.func) | {"arguments": given}
-    made = method if hasattr(method, "__qualname__") else type(method)
+    owner = method if hasattr(method, "__qualname__") else type(method)
     try:
-        digest = hashlib.sha256(Path(inspect.getfile(made)).read_bytes()).hexdigest()[:16]
+        digest = hashlib.sha256(Path(inspect.getfile(owner)).read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):  # built in, or made without a file
         digest = None
-    return {"function": made.__qualname__, "digest": digest}
+    return {"function": owner.__qualname__, "digest": digest}
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value) if isinstance(value, PurePath) else type(value).__qualname__
 
 
 def _edits(method: Method) -> dict[str, dict[str, Any]]:

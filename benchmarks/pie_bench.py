@@ -7,7 +7,8 @@
 Brackets in the prompts mark the difference and are no part of them. The mask is a flat list of starts and lengths over the
 rows of the picture, 512x512 always. The seven published metrics are measured as the published code measures them, with the
 outermost pixels counted as edited, and beside them normalised by area. A picture whose mask is all of it has no background:
-the published code writes "nan" there, here it is a case without a value, and n says so.
+the published code writes "nan" there, here it is a case without a value, and n says so. Colour profiles in the files are
+applied on reading, as everywhere in the library; the published code does not look at them.
 
 The published comparison tells a method prompts and words. `ours` takes the type of an entry as well, which says what an edit
 with a word of one prompt alone is: an addition ("2") or a removal ("3").
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +59,7 @@ def decoded(lengths: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
     Runs beyond the picture are cut, as published. Raises `SuiteError` for a list that is not one of pairs.
     """
     if not isinstance(lengths, list | tuple) or len(lengths) % 2 or not all(is_whole(number, 0) for number in lengths):
-        shown = f"of {len(lengths)} values" if isinstance(lengths, list | tuple) else repr(lengths)
+        shown = f"of {len(lengths)} values" if isinstance(lengths, list | tuple) else reprlib.repr(lengths)
         raise SuiteError(f"a mask {shown}; expected a list of pairs of a start and a length, whole numbers of 0 or more")
     flat = np.zeros(shape[0] * shape[1], bool)
     for start, length in zip(lengths[::2], lengths[1::2]):
@@ -82,7 +84,7 @@ class PieBench(Suite):
 
     name = "pie"
     kinds = tuple(KINDS.values())
-    axes = Axes("clip_whole", "published_psnr", "unpasted_psnr")
+    axes = Axes("clip_whole", "published_psnr", unpasted="unpasted_psnr")
     headline = (
         "published_structure",
         "published_psnr",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report_page import page, plot, sheet
-from benchmarks.report_tables import Section, Table, markdown, overview, sections
+from benchmarks.report_tables import Section, Table, markdown, overview_of, sections
 from benchmarks.run_folder import Row, file_name, read_rows, read_settings
 from benchmarks.suite import Suite
 from benchmarks.suites import suite_class
@@ -68,15 +68,14 @@ def _text(value: Any) -> str:
 
 
 def text(
-    suite: type[Suite], facts: Sequence[str], kinds: Sequence[Table], found: Sequence[Section], brief: bool = False
+    suite: type[Suite], facts: Sequence[str], overview: Sequence[Table], found: Sequence[Section], brief: bool = False
 ) -> str:
     """The whole report in Markdown; `brief` leaves out the measures that are not in the suite's headline."""
     told = [measure for measure in suite.measures if measure.about and (measure.name in suite.headline or not brief)]
     about = "\n".join(f"- {measure.title}: {measure.about}" for measure in told)
     parts = [f"# Suite {suite.name}", "\n".join(f"- {line}" for line in facts), STAR.replace("*", "\\*"), about]
-    if kinds:
-        parts.append("## Overview")
-        parts += _titled(kinds)
+    if overview:
+        parts += ["## Overview", *_titled(overview)]
     for section in found:
         parts.append(f"## {section.kind} ({section.cases} cases)")
         tables = section.tables if brief else (*section.tables, section.rest)
@@ -103,8 +102,8 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
     rows, lost = present(folder, rows)
     found = sections(rows, suite, methods, against)
     told = facts(settings, rows) + ([f"{lost} pictures are missing in the folder"] if lost else [])
-    kinds = overview(found, suite, methods)
-    made = text(suite, told, kinds, found)
+    overview = overview_of(found, suite, methods)
+    made = text(suite, told, overview, found)
     atomic_write(folder / "report.md", made)
     plots = {section.kind: plot(section, suite) for section in found}
     for name in ("plots", "sheets"):
@@ -114,8 +113,8 @@ def report(folder: Path, against: str | None = None, shown: int = SHOWN, brief: 
             atomic_write(folder / "plots" / f"{file_name(section.kind)}.png", picture)
         if (cases := sheet(folder, suite, section, against)) is not None:
             save_image(cases, folder / "sheets" / f"{file_name(section.kind)}.png")
-    atomic_write(folder / "report.html", page(folder, suite, told, kinds, found, plots, against, shown, STAR))
-    return text(suite, told, kinds, found, brief=True) if brief else made
+    atomic_write(folder / "report.html", page(folder, suite, told, overview, found, plots, against, shown, STAR))
+    return text(suite, told, overview, found, brief=True) if brief else made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.report_tables import Section, Table, label, mean_of, worst_first
+from benchmarks.report_tables import Section, Table, label, leading, mean_of, worst_first
 from benchmarks.run_folder import Row
 from benchmarks.suite import Measure, Suite
 from p2p_subject.errors import ArgumentError
@@ -57,7 +57,7 @@ def page(
             "kind": section.kind,
             "count": section.cases,
             "tables": (*section.tables, section.rest),
-            "leading": section.leading(against),
+            "leading": leading(section.rows, against),
             "plot": None if plots[section.kind] is None else base64.b64encode(plots[section.kind]).decode(),
             "cases": [case_view(folder, suite, section, case) for case in worst_first(section, suite, against)[:shown]],
         }
@@ -105,7 +105,7 @@ def sheet(folder: Path, suite: type[Suite], section: Section, against: str, rows
         asked = [(text, Image.open(folder / path)) for text, path in asked_of(telling(own))]
         panels.append([*asked, *(made_panel(folder, name, own.get(name, {}), axes) for name in shown)])
     measured = ", ".join(measure.title for measure in axes)
-    title = f"{section.kind}: from the worst of {section.leading(against)} to its best; {measured}"
+    title = f"{section.kind}: from the worst of {leading(section.rows, against)} to its best; {measured}"
     return contact_sheet(panels, panel=112, title=title) if any(panels) else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.run_folder import Row
 from benchmarks.statistics import Mean, mean, paired
@@ -11,8 +11,8 @@ from benchmarks.suite import Measure, Suite
 
 ALL = "all kinds"
 FEWEST = 20
-"""Cases from which on a difference is called one: of 5, the bootstrap finds one in a fifth of those that are none, of 20 in a
-twelfth, of 60 and more in about a twentieth, as it should."""
+"""Cases from which on a difference is called one: of normal values, the bootstrap finds one in a sixth of those that are none
+with 5 cases, in a twelfth with 20, and in about a twentieth, as it should, with 60 and more."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,15 @@ class Section:
         """Number of cases that any method ran."""
         return len({case for own in self.rows.values() for case in own})
 
-    def leading(self, wanted: str) -> str:
-        """The method that the others are compared with and whose worst cases come first: the one that is wanted, or the first,
-        where it ran none of these cases."""
-        return wanted if wanted in self.rows else next(iter(self.rows))
-
     def of_case(self, case: str) -> dict[str, Row]:
         """The rows of one case by method, those that there are."""
         return {name: own[case] for name, own in self.rows.items() if case in own}
+
+
+def leading(rows: Mapping[str, Mapping[str, Row]], wanted: str) -> str:
+    """The method that the others are compared with and whose worst cases come first: the one that is wanted, or the first,
+    where it ran none of these cases."""
+    return wanted if wanted in rows else next(iter(rows))
 
 
 def value_of(row: Row, measure: Measure) -> float | None:
@@ -91,12 +92,11 @@ def sections(rows: Sequence[Row], suite: type[Suite], methods: Sequence[str], ag
         if by_method:
             shown = [measure for measure in suite.measures if measure.name not in suite.headline]
             rest = _means("the other measures", by_method, shown, suite)
-            section = Section(kind, by_method, (), rest)
-            found.append(replace(section, tables=tuple(tables(by_method, suite, section.leading(against)))))
+            found.append(Section(kind, by_method, tuple(tables(by_method, suite, leading(by_method, against))), rest))
     return found
 
 
-def overview(found: Sequence[Section], suite: type[Suite], methods: Sequence[str]) -> list[Table]:
+def overview_of(found: Sequence[Section], suite: type[Suite], methods: Sequence[str]) -> list[Table]:
     """Fidelity and preservation, also before pasting, of every method, a column a kind; none where there is one kind. A kind
     without values has no column, a method that did not run a kind an empty cell."""
     if len(found) < 2:
@@ -202,7 +202,7 @@ def standing(difference: Mean | None, measure: Measure) -> str:
 
 def worst_first(section: Section, suite: type[Suite], of: str) -> list[str]:
     """Ids of the cases, those that `of` did worst on first: failed, then by fidelity, then by preservation, then by id."""
-    wanted, rows = suite.named(suite.axes.fidelity, suite.axes.preservation), section.rows[section.leading(of)]
+    wanted, rows = suite.named(suite.axes.fidelity, suite.axes.preservation), section.rows[leading(section.rows, of)]
 
     def key(case: str) -> tuple:
         row = rows[case]

@@ -154,7 +154,8 @@ def measure(
 def preview(settings: Settings, retry: bool = False) -> str:
     """What a run would do, as text: cases and methods by kind, and how much of it the folder holds.
 
-    Loads no model, so that the folder is of the same one is not looked at; all else that the run would refuse it for is.
+    Raises as the run would for suites, methods, and a folder of other settings. Models and networks are not loaded, so whether
+    they are there, and whether the folder is of the same model, it does not say.
     """
     suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
     require_drawable(settings, suite)
@@ -162,8 +163,13 @@ def preview(settings: Settings, retry: bool = False) -> str:
     tasks = plan(suite, methods)
     known = held_settings(settings.out)
     if known is not None:
-        asked = known["settings"] | asked_settings(settings, suite)
-        merged_settings(known, asked, {name: described(method) for name, method in methods.items()}, settings.out)
+        unseen = {name: known["settings"].get(name) for name in ("fingerprint", "model_guidance_scale")}
+        merged_settings(
+            known,
+            asked_settings(settings, suite) | unseen,
+            {name: described(method) for name, method in methods.items()},
+            settings.out,
+        )
     rows = [] if known is None else read_rows(settings.out)
     held = {(row["method"], row["case"]) for row in rows if not (retry and "error" in row)}
     lines = [f"suite {settings.suite}: " + ", ".join(f"{name} {value}" for name, value in suite.record().items())]
@@ -211,6 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices = [device.strip() for device in given.devices.split(",") if device.strip()]
         if not methods or not devices or given.processes < 1 or given.threads < 1:
             raise ArgumentError("--methods, --devices, --processes and --threads need one or more each")
+        require_devices(devices)
         if given.dry_run:
             print(preview(settings, given.retry))
             return 0

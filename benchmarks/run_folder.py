@@ -41,6 +41,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: dict[tuple[str, str], Row] = {}
+        self._shown: set[str] = set()
 
     @contextmanager
     def opened(
@@ -87,10 +88,12 @@ class RunFolder:
             self.rows = kept
 
     def save_case(self, case: Case) -> dict[str, str]:
-        """Write the pictures of a case that are not there yet; their paths within the folder, by name."""
+        """Write the pictures of a case, once; their paths within the folder, by name."""
         found = {"source": case.source, "truth": case.truth}
         found |= {"true_mask": None if case.mask is None else to_gray(case.mask.astype(float))}
-        paths = self._save(CASES, case.id, found, again=False)
+        # What is there already may be of other settings, where a run was stopped before its first row.
+        paths = self._save(CASES, case.id, found, again=case.id not in self._shown)
+        self._shown.add(case.id)
         for picture in case.references[:1]:
             # Many cases have the same one.
             digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:16]
@@ -162,7 +165,7 @@ def held_settings(path: Path) -> dict[str, Any] | None:
 
     Raises `RunError` for rows without them.
     """
-    if not (path / ROWS).exists() or not (path / ROWS).stat().st_size:
+    if not (path / ROWS).exists() or b"\n" not in (path / ROWS).read_bytes():
         return None
     if not (path / SETTINGS).exists():
         raise RunError(f"{path} holds rows but no {SETTINGS} that says of what; put it back or give another --out")

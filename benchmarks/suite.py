@@ -12,9 +12,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.features import Networks
-from p2p_subject.checks import LAST_SEED, SEED, Word, is_whole
+from p2p_subject.checks import LAST_SEED, Word, is_whole
 from p2p_subject.errors import P2PSubjectError
 from p2p_subject.tokens import phrase_pattern
+
+SEEDS = 100_000
+"""Seeds of cases that a seed of a run has."""
 
 Values = dict[str, float | None]
 """Measured values by name; None where a case has none, which is counted and never averaged."""
@@ -118,13 +121,13 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Axes:
-    """Names of the measures that reports plot: fidelity, preservation, the same before original pixels were put back, which a
-    suite may lack, and cost."""
+    """Names of the measures that reports plot: fidelity, preservation, cost, and preservation before original pixels were put
+    back, which a suite may lack."""
 
     fidelity: str
     preservation: str
-    unpasted: str | None = None
     cost: str = "work"
+    unpasted: str | None = None
 
     @property
     def shown(self) -> list[str]:
@@ -193,8 +196,8 @@ class Suite(ABC):
             raise SuiteError(f"suite {self.name!r} has no cases {unknown}; its kinds are {', '.join(self.kinds)}")
         if options.count is not None and options.count < 1:
             raise SuiteError(f"count={options.count}; expected 1 or more cases a kind")
-        if not is_whole(options.seed, 0, LAST_SEED):
-            raise SuiteError(f"seed={options.seed}; expected {SEED}")
+        if not is_whole(options.seed, 0, LAST_SEED // SEEDS - 1):
+            raise SuiteError(f"seed={options.seed}; expected a whole number from 0 to {LAST_SEED // SEEDS - 1}")
         for name in {"split", "data", "clip", "dino", "lpips"} - set(self.takes):
             # What is not there can be left out.
             if (value := getattr(options, name)) not in (getattr(Options, name), "none"):

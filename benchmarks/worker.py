@@ -135,9 +135,9 @@ def with_work(cost: Mapping[str, Any]) -> dict[str, Any]:
 def begun(settings: Settings, device: str, fingerprint: str, mask_input: bool, name: str, kind: str, id: str) -> Row:
     """What the row of a case says before the case is read."""
     row: Row = {"suite": settings.suite, "kind": kind, "case": id, "method": name, "mask_input": mask_input, "pasted": False}
-    # The accelerator's name is asked for by what uses it: here it would be loaded in the process that hands out the work, too.
-    row |= {"seed": None, "device": device, "accelerator": None, "threads": settings.threads, "model": fingerprint}
-    row |= {"trajectory": None}
+    row |= {"seed": None, "device": device, "threads": settings.threads, "model": fingerprint, "trajectory": None}
+    # Its name is known to the process that uses it. Asking here would load it in the one that hands out the work, too.
+    row["accelerator"] = None
     return row | {"pictures": {}, "began": round(time.time(), 3)} | environment()
 
 

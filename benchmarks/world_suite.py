@@ -19,18 +19,17 @@ from PIL import Image
 
 from benchmarks import metrics
 from benchmarks.judge import WEIGHTS, Judge, Verdict, right_category, right_look
-from benchmarks.suite import COSTS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values
-from p2p_subject.checks import LAST_SEED
+from benchmarks.suite import COSTS, SEEDS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values
 from p2p_subject.outputs import feather
 from p2p_subject.training import world
 
 COUNT = 200
 """Cases a kind, unless told otherwise."""
 
-KIND, SCENES = 10_000, 100_000
-"""Numbers of scenes that a kind of a seed has, and a seed."""
+SCENES = 10_000
+"""Scenes that a kind of a seed has."""
 
-LOOKS = {"test": 0, "validation": KIND}
+LOOKS = {"test": 0, "validation": SCENES}
 """Splits, and what is added to the number of a swap's new look, so that settings are not chosen on the looks of the test."""
 
 STREAM = 0xED17
@@ -68,7 +67,7 @@ class WorldSuite(Suite):
     of_photos = False
     takes = ("split",)
     kinds = ("swap", "replace", "background", "add", "remove", "recolour")
-    axes = Axes("success", "outside_psnr", "unpasted_psnr")
+    axes = Axes("success", "outside_psnr", unpasted="unpasted_psnr")
     headline = ("success", "mask_iou", "outside_psnr", "unpasted_psnr", "exact_outside_mask", "work")
     measures = (
         Measure("success", "edit achieved", failed=0.0, share=True, about="by the judge; `judged` in world_suite.py"),
@@ -106,10 +105,8 @@ class WorldSuite(Suite):
         super().__init__(options)
         if options.split not in LOOKS:
             raise SuiteError(f"split={options.split!r}; the suite 'world' has {', '.join(LOOKS)}")
-        if (options.count or COUNT) > KIND:
-            raise SuiteError(f"count={options.count}; the suite 'world' has {KIND} cases a kind, and more of another seed")
-        if options.seed > LAST_SEED // SCENES - 1:
-            raise SuiteError(f"seed={options.seed}; the suite 'world' has those below {LAST_SEED // SCENES}")
+        if (options.count or COUNT) > SCENES:
+            raise SuiteError(f"count={options.count}; the suite 'world' has {SCENES} cases a kind, and more of another seed")
 
     def all_ids(self) -> Mapping[str, Sequence[str]]:
         count = self.options.count or COUNT
@@ -117,10 +114,10 @@ class WorldSuite(Suite):
 
     def case(self, id: str) -> Case:
         kind, _, number = id.rpartition("-")
-        if kind not in self.kinds or not number.isdecimal() or int(number) >= KIND:
+        if kind not in self.kinds or not number.isdecimal() or int(number) >= SCENES:
             raise SuiteError(f"the suite 'world' has no case {id!r}; ids are such as 'swap-0007'")
         # Scenes differ between kinds and between seeds; those of seed 0's swaps are the ones of benchmarks.figures.
-        index = SCENES * self.options.seed + KIND * self.kinds.index(kind) + int(number)
+        index = SEEDS * self.options.seed + SCENES * self.kinds.index(kind) + int(number)
         scene = world.sample(self.options.split, index)
         rng = np.random.default_rng((world.SPLITS.index(self.options.split), index, STREAM))
         return replace(_KINDS[kind](scene, rng, index, self.options.split), id=id, seed=index)

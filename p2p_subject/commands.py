@@ -5,7 +5,6 @@ Everything that can be wrong is checked before a network runs, and files are wri
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 from argparse import Namespace
@@ -219,19 +218,23 @@ def output_files(arguments: Namespace, **paths: str | None) -> dict[str, Path]:
     }
     if len(set(targets.values())) < len(targets):
         raise OutputError(f"one file is named for several outputs ({', '.join(map(str, targets.values()))}); name one for each")
-    if own := read_files(arguments) & set(targets.values()):
-        raise OutputError(f"{str(min(own))!r} is read by the same command, which would replace it; give another name to write")
+    for target in targets.values():
+        # Not by name: file systems may ignore case.
+        if target.exists() and any(target.samefile(path) for path in read_files(arguments)):
+            raise OutputError(
+                f"{str(target)!r} is read by the same command, which would replace it; give another name to write"
+            )
     require_writable(*{path.parent for path in targets.values()})
     return targets
 
 
 def read_files(arguments: Namespace) -> set[Path]:
-    """The files that a command reads, links followed: its source, masks, and pictures of subjects and structure."""
+    """The files that a command reads, those that exist: its source, masks, and pictures of subjects and structure."""
     named = [getattr(arguments, name, None) for name in ("source", "structure", "mask", "control")]
     named += [*(getattr(arguments, "subject", None) or ()), *(getattr(arguments, "to", None) or ())]
     # A control picture may stand behind its kind: canny:photo.png.
     named.append((getattr(arguments, "control", None) or "").partition(":")[2])
-    return {Path(os.path.realpath(path)) for path in named if path}
+    return {path for path in map(Path, filter(None, named)) if path.exists()}
 
 
 def require_writable(*folders: Path) -> None:

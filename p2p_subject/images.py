@@ -33,6 +33,7 @@ INSIDE = 0.5
 
 _CHANNELS = (1, 3, 4)
 _GREY_TOLERANCE = 8  # levels between channels, left by lossy files
+_SAME_PROFILE = 2  # levels between two makers' profiles of sRGB
 
 
 def load_image(source: Any, *, what: str = "image") -> Image.Image:
@@ -40,9 +41,9 @@ def load_image(source: Any, *, what: str = "image") -> Image.Image:
 
     `source` is a PIL image, a path, the bytes of a picture file, a numpy array (H, W) or (H, W, C), or
     a torch tensor (C, H, W) or (1, C, H, W), C being 1, 3 or 4; arrays and tensors are uint8, uint16 or float
-    in [0, 1]. The EXIF orientation is applied, an embedded colour profile is (which makes the pixels sRGB), transparency is
-    composited on white, 16 bits are scaled to 8, metadata is dropped. `what` names the picture in messages. Warns of a profile
-    that does not fit the picture, whose pixels are taken as sRGB then.
+    in [0, 1]. The EXIF orientation is applied, the colour profile of a picture of 8 bits is (which makes the pixels sRGB),
+    transparency is composited on white, 16 bits are scaled to 8, metadata is dropped. `what` names the picture in messages.
+    Warns of a profile that does not fit the picture, whose pixels are taken as sRGB then.
 
     Raises `ImageError` for anything else: no or a broken picture, more than one frame, values out of range, a
     side below `MIN_SIDE`, an aspect ratio beyond `MAX_ASPECT`, more than `MAX_PIXELS` pixels.
@@ -59,7 +60,7 @@ def load_image(source: Any, *, what: str = "image") -> Image.Image:
             grey = _to_bytes(values, name)
             grey[values == picture.info.get("transparency", -1)] = 255
             picture = Image.fromarray(grey)
-        return _on_white(_in_srgb(picture, name))
+        return _on_white(in_srgb(picture, name))
 
 
 def load_alpha(source: Any) -> np.ndarray | None:
@@ -233,25 +234,44 @@ def _upright(image: Image.Image) -> Image.Image:
     return upright
 
 
-def _in_srgb(image: Image.Image, name: str) -> Image.Image:
-    """The picture in sRGB by its embedded colour profile; one without, or of sRGB already, as it is, bit for bit."""
-    profile = image.info.get("icc_profile")
-    if not profile:
+def in_srgb(image: Image.Image, name: str) -> Image.Image:
+    """A picture of 8 bits in sRGB by its embedded colour profile; as it is without one, or one that does what sRGB's does.
+
+    Transparency is kept. Warns of a profile that does not fit the picture, and returns it as it is.
+    """
+    if not image.info.get("icc_profile"):
         return image
     from PIL import ImageCms
 
-    if image.mode not in ("RGB", "RGBA", "CMYK", "L"):
+    if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    opaque = image.convert({"L": "L", "LA": "L", "1": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(own).lower():
-            return image
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
-        return ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (OSError, ImageCms.PyCMSError) as error:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        transform = ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), opaque.mode, "RGB")
+        # Names do not tell: "DCI-P3 D65 Gamut with sRGB Transfer". Other makers' profiles of sRGB would move pixels by a level.
+        if opaque.mode != "CMYK":
+            probe = _probe(opaque.mode)
+            moved = np.asarray(ImageCms.applyTransform(probe, transform), int) - np.asarray(probe.convert("RGB"), int)
+            if np.abs(moved).max() <= _SAME_PROFILE:
+                return image
+        converted = ImageCms.applyTransform(opaque, transform)
+    except (OSError, ImportError, ImageCms.PyCMSError) as error:
         said = f"{name}: its colour profile cannot be applied ({error}); its pixels are taken as sRGB"
         warnings.warn(said, UserWarning, stacklevel=3)
         return image
+    if image.has_transparency_data:
+        converted.putalpha(image.convert("RGBA").getchannel("A"))
+    return converted
+
+
+def _probe(mode: str) -> Image.Image:
+    """Every grey, and in "RGB" colours from all of the cube."""
+    greys = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    if mode == "L":
+        return greys
+    cube = np.stack(np.meshgrid(*[np.linspace(0, 255, 6, dtype=np.uint8)] * 3), -1).reshape(1, -1, 3)
+    return Image.fromarray(np.concatenate([np.asarray(greys.convert("RGB")), cube], axis=1))
 
 
 def _deep_values(image: Image.Image) -> np.ndarray | None:

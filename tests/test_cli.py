@@ -249,6 +249,11 @@ class TestControl:
         assert code == 2 and "own.png' is read by the same command" in err
         assert own.read_bytes() == Path(shell.paths["scene"]).read_bytes()
 
+    @pytest.mark.parametrize("output", ["--sheet", "--mask-out"])
+    def test_nor_does_any_of_its_outputs(self, shell, output):
+        code, _, err = shell(*EDIT, "--swap", "cat", "--target-prompt", "a dog on grass", output, "{scene}")
+        assert code == 2 and "is read by the same command" in err
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

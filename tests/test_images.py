@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from p2p_subject.errors import ImageError, MaskError
-from p2p_subject.images import MAX_ASPECT, MIN_SIDE, Frame, fit, load_image, load_mask, to_tensor
+from p2p_subject.images import MAX_ASPECT, MIN_SIDE, Frame, fit, load_alpha, load_image, load_mask, to_tensor
 from p2p_subject.outputs import feather, restore, to_pil
 from p2p_subject.visible import latent_mask
 
@@ -60,6 +60,8 @@ def photo() -> Image.Image:
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"same").replace(b"gXYZ", b"rXYZ").replace(b"same", b"gXYZ")
+"""sRGB's profile with the places of red and green exchanged."""
 
 
 class TestLoadImage:
@@ -182,19 +184,29 @@ class TestLoadImage:
 
     @pytest.mark.parametrize(("mode", "suffix"), [("RGB", "png"), ("RGBA", "png"), ("P", "png"), ("RGB", "jpg")])
     def test_colour_profiles_are_applied(self, tmp_path, mode, suffix):
-        """In a profile whose red is green, red pixels are green ones."""
-        swapped = SRGB.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
-        for old, new in ((b"rXYZ", b"same"), (b"gXYZ", b"rXYZ"), (b"same", b"gXYZ")):
-            swapped = swapped.replace(old, new)
+        """In a profile whose red is green, red pixels are green ones; its name, which says sRGB, does not count."""
         picture = Image.new("RGBA", (16, 16), (200, 10, 30, 255)).convert(mode)
-        read = load_image(saved(picture, tmp_path / f"wide.{suffix}", icc_profile=swapped))
+        read = load_image(saved(picture, tmp_path / f"wide.{suffix}", icc_profile=SWAPPED))
         assert read.mode == "RGB" and read.info == {}
         assert np.abs(np.asarray(read).astype(int) - (10, 200, 30)).max() <= 3
 
-    @pytest.mark.parametrize("profile", [b"profile", SRGB])
-    def test_a_profile_that_does_not_fit_is_said_and_left(self, tmp_path, profile):
-        profile = profile.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
-        path = saved(Image.new("L", (8, 8), 70), tmp_path / "grey.png", icc_profile=profile)
+    @pytest.mark.parametrize("options", [{}, {"transparency": (200, 10, 30)}])
+    def test_profiles_leave_transparency(self, tmp_path, options):
+        picture = Image.new("RGB" if options else "RGBA", (16, 16), (200, 10, 30, 0)[: 3 if options else 4])
+        path = saved(picture, tmp_path / "clear.png", icc_profile=SWAPPED, **options)
+        assert load_image(path).getpixel((0, 0)) == (255, 255, 255) and load_alpha(path).max() == 0
+        half = Image.new("RGBA", (16, 16), (200, 10, 30, 128))
+        read = load_image(saved(half, tmp_path / "half.png", icc_profile=SWAPPED)).getpixel((0, 0))
+        assert np.abs(np.subtract(read, (132, 227, 142))).max() <= 3
+
+    @pytest.mark.parametrize(("profile", "mode"), [(b"profile", "L"), (SRGB, "L"), (SRGB, "LA"), (SRGB, "CMYK")])
+    def test_a_profile_that_does_not_fit_is_said_and_left(self, tmp_path, profile, mode):
+        if mode == "CMYK":
+            path = saved(Image.new("CMYK", (8, 8)), tmp_path / "print.jpg", icc_profile=profile)
+            with pytest.warns(UserWarning, match=r"print\.jpg.*its colour profile cannot be applied"):
+                assert load_image(path).getpixel((0, 0)) == (255, 255, 255)
+            return
+        path = saved(Image.new("L", (8, 8), 70).convert(mode), tmp_path / "grey.png", icc_profile=profile)
         with pytest.warns(UserWarning, match=r"grey\.png.*its colour profile cannot be applied"):
             assert load_image(path).getpixel((0, 0)) == (70, 70, 70)
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks.meter import metered
-from benchmarks.method_names import described, method_of, names_of
+from benchmarks.method_names import applies, described, method_of, names_of, takes_mask
 from benchmarks.methods import METHODS, Method, Paste
 from benchmarks.suite import Options, SuiteError
 from benchmarks.worker import finite
@@ -176,17 +176,24 @@ def test_what_a_method_leaves_to_the_library_is_among_its_settings(monkeypatch: 
 def test_a_users_method_is_known_by_its_own_file_beneath_what_wraps_it() -> None:
     def mine(editor, case, strength: float = 1.0, at: object = None) -> None: ...
 
-    class Callable_:
+    class Mine:
         def __call__(self, editor, case) -> None: ...
 
     plain = described(mine)
-    assert plain["function"].endswith("mine") and plain["digest"] == described(Callable_())["digest"] is not None
+    assert plain["function"].endswith("mine") and plain["digest"] == described(Mine())["digest"] is not None
     assert described(torch.no_grad()(mine)) == plain
     # Objects have addresses, which no two processes share.
-    assert described(Callable_()) == described(Callable_()) and "0x" not in json.dumps(described(Callable_()))
-    half, other = (partial(mine, strength=strength, at=object()) for strength in (0.5, 0.6))
+    assert described(Mine()) == described(Mine()) and "0x" not in json.dumps(described(Mine()))
+    half, other = (partial(mine, strength=np.float32(strength), at=object()) for strength in (0.5, 0.6))
     assert described(half)["digest"] == plain["digest"] and described(half) != described(other)
     assert described(half) == described(partial(mine, strength=0.5, at=object()))
+    assert described(partial(mine, at=Path("a"))) != described(partial(mine, at=Path("b")))
+    with pytest.raises(ArgumentError, match="name them so"):
+        described(partial(mine, at={("a", "b"): 1}))
+    # What the function says of itself holds for its partials.
+    mine.mask_input, mine.applies = True, lambda case: case == "this"
+    assert described(half)["mask_input"] and takes_mask(partial(half)) and not takes_mask(Mine())
+    assert applies(half, "this") and not applies(half, "that") and applies(Mine(), "that")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks import report
 from benchmarks.report_page import sheet
-from benchmarks.report_tables import FEWEST, grouped, overview, sections, shared, standing, worst_first
+from benchmarks.report_tables import FEWEST, grouped, leading, overview_of, sections, shared, standing, worst_first
 from benchmarks.run_folder import read_rows, read_settings
 from benchmarks.statistics import Mean
 from benchmarks.world_suite import WorldSuite
@@ -78,11 +78,11 @@ def test_methods_of_other_cases_are_compared_on_those_of_all(tmp_path: Path) -> 
 
 def test_runs_of_more_than_one_kind_have_an_overview(tmp_path: Path) -> None:
     swaps = read_rows(made_run(tmp_path))
-    assert overview(sections(swaps, WorldSuite, ["good", "bad"], "good"), WorldSuite, ["good", "bad"]) == []
+    assert overview_of(sections(swaps, WorldSuite, ["good", "bad"], "good"), WorldSuite, ["good", "bad"]) == []
     adds = [row | {"kind": "add", "case": row["case"].replace("swap", "add")} for row in swaps if row["method"] == "good"]
     adds = [row | {"metrics": row["metrics"] | {"success": 0.0, "outside_psnr": None}} for row in adds[:5]]
     found = sections(swaps + adds, WorldSuite, ["good", "bad", "absent"], "good")
-    achieved, kept = overview(found, WorldSuite, ["good", "bad", "absent"])
+    achieved, kept = overview_of(found, WorldSuite, ["good", "bad", "absent"])
     assert achieved.title.startswith("edit achieved ↑") and achieved.columns == ("method", "swap", "add")
     assert achieved.lines[0] == ("good", "1.000 (0.610 to 1.000; 6)", "0.000 (0.000 to 0.434; 5)")
     # What ran no additions has nothing to say of them; of a kind without values there is no column; the absent have no line.
@@ -101,7 +101,7 @@ def test_the_worst_cases_of_a_method_come_first(tmp_path: Path) -> None:
     assert order == [5, 0, 2, 4, 1, 3]
     assert [int(case[-1]) for case in worst_first(section, WorldSuite, "good")] == list(range(6))
     # A method that ran none of these cases leads none of them, and nothing says that it does.
-    assert section.leading("bad") == "bad" and section.leading("other") == "good"
+    assert leading(section.rows, "bad") == "bad" and leading(section.rows, "other") == "good"
     assert worst_first(section, WorldSuite, "other") == worst_first(section, WorldSuite, "good")
 
 
@@ -163,3 +163,6 @@ def test_a_report_names_a_method_that_is_not_there_and_mixed_code(tmp_path: Path
     rows = read_rows(folder)
     rows[0]["code"] = "d"
     assert any("MIXED: 2" in line for line in report.facts(read_settings(folder), rows))
+    for row, card in zip(rows, ("NVIDIA H100", "NVIDIA A100", None)):
+        row["accelerator"] = card
+    assert "accelerator: NVIDIA H100; NVIDIA A100 (MIXED: 2 in one run)" in report.facts(read_settings(folder), rows)

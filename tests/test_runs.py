@@ -7,14 +7,16 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import report, run
 from benchmarks.method_names import names_of
 from benchmarks.methods import METHODS
 from benchmarks.report_tables import sections
-from benchmarks.run_folder import RunError, RunFolder, file_name, read_rows, read_settings
-from benchmarks.suite import Case
+from benchmarks.run_folder import RunError, RunFolder, file_name, held_settings, read_rows, read_settings
+from benchmarks.suite import Case, Options
 from benchmarks.world_suite import WorldSuite
 from p2p_subject.errors import ModelError
 from tests.benchmarking import MINE, settings_of
@@ -68,6 +70,7 @@ def test_a_run_that_is_there_already_runs_nothing_and_adds_what_is_new(
     assert "8 rows in" in said and "3 of them done, 5 to run" in said
     # What the run would refuse, its preview does.
     assert run.main([*options, "--seed", "1"]) == 1 and "seed: 0 there, 1 now" in capsys.readouterr().err
+    assert run.main([*options, "--devices", "cuda:99"]) == 1 and "not to be had here" in capsys.readouterr().err
 
 
 def test_other_settings_are_refused(everything: Path, miniature_folder: Path, mine: Path) -> None:
@@ -87,6 +90,22 @@ def test_other_settings_are_refused(everything: Path, miniature_folder: Path, mi
     with pytest.raises(RunError, match="my_methods:copied with other settings"):
         run.measure(replace(same, out=out, methods=("my_methods:copied",)))
     assert (everything / "rows.jsonl").read_bytes() == before
+
+
+def test_a_run_stopped_before_its_first_row_leaves_nothing_to_other_settings(
+    miniature_folder: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = settings_of(miniature_folder, mine / "out", "my_methods:copied", count=1)
+    with monkeypatch.context() as stopped:
+        stopped.setattr("benchmarks.worker.require_fitting", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.measure(first)
+    (row,) = run.measure(replace(first, options=replace(first.options, seed=1)))
+    shown = Image.open(mine / "out" / row["pictures"]["source"])
+    assert np.array_equal(shown, WorldSuite(Options(seed=1)).case("swap-0000").source)
+    # Half a row, as a killed run leaves, is none.
+    (mine / "out" / "rows.jsonl").write_bytes(b'{"method":')
+    assert held_settings(mine / "out") is None
 
 
 def test_users_functions_run_and_failures_are_rows_that_count(miniature_folder: Path, mine: Path) -> None:

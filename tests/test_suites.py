@@ -166,7 +166,7 @@ def test_what_the_world_adds_for_edits_changes_one_thing_each() -> None:
         (Options(count=0), "1 or more"),
         (Options(split="train"), "validation"),
         (Options(seed=-1), "from 0 to"),
-        (Options(seed=2**63), "has those below"),
+        (Options(seed=2**63), "from 0 to 184467440737094"),
         # Cases beyond would be scenes of another kind, and looks of the validation.
         (Options(count=10_001), "10000 cases a kind"),
         (Options(clip="x"), "clip='x' means nothing to the suite 'world'; leave it out"),

@@ -64,8 +64,8 @@ def require_safetensors(folder: Path, stem: str, variant: str | None = None) -> 
     if pickled:
         raise ModelError(
             f"{folder} holds pickled weights ({', '.join(pickled)}) and no {name}. Pickles can run code and "
-            "are never loaded; convert them to safetensors where you trust them, or use a revision of the "
-            "model that has them."
+            "are never loaded; convert them to safetensors where you trust them, as the README shows, or use a "
+            "revision of the model that has them."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     again = "download the model again; if its repository has pickled weights alone, the README says how to convert them"

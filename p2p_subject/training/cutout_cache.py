@@ -32,7 +32,7 @@ from p2p_subject.training.cutouts import CutoutSettings, cut_out, require_pymatt
 from p2p_subject.training.listing import Entry, shortened
 
 INDEX = "cutouts.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from p2p_subject import checks
 from p2p_subject.errors import ArgumentError, DatasetError, ImageError, MissingPackageError
-from p2p_subject.images import INSIDE, load_image, load_mask
+from p2p_subject.images import INSIDE, in_srgb, load_image, load_mask
 from p2p_subject.outputs import dilate
 from p2p_subject.training.listing import Entry
 
@@ -135,7 +135,7 @@ def own_alpha(path: Path) -> Image.Image | None:
         with Image.open(path) as image:
             if not image.has_transparency_data:
                 return None
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+            rgba = in_srgb(ImageOps.exif_transpose(image), str(path)).convert("RGBA")
     # Decoders raise nearly anything on broken files.
     except Exception as error:
         raise ImageError(f"{str(path)!r} cannot be read ({error}); expected a whole PNG, JPEG or WebP") from error
