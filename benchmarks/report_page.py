@@ -151,10 +151,15 @@ def plot(section: Section, suite: type[Suite]) -> bytes | None:
     panels = [*preservation, *suite.named(suite.axes.cost)]
     figure = Figure(figsize=(1.5 + 4.5 * len(panels), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    # Of every method once: each is a bootstrap.
+    means = {
+        name: {measure.name: mean_of(own, measure, suite)[0] for measure in (fidelity, *panels)}
+        for name, own in section.rows.items()
+    }
     points = {}
     for axes, across in zip(figure.subplots(1, len(panels)), panels):
         for number, (name, own) in enumerate(section.rows.items()):
-            (x, _), (y, _) = (mean_of(own, measure, suite) for measure in (across, fidelity))
+            x, y = means[name][across.name], means[name][fidelity.name]
             if x is None or y is None:
                 continue
             # Rounding may put the end of an interval without width on the wrong side of its mean.

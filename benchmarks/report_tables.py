@@ -101,6 +101,8 @@ def overview_of(found: Sequence[Section], suite: type[Suite], methods: Sequence[
     without values has no column, a method that did not run a kind an empty cell."""
     if len(found) < 2:
         return []
+    of_all = {name: [row for section in found for row in section.rows.get(name, {}).values()] for name in methods}
+    names = {name: label(name, *rows) for name, rows in of_all.items() if rows}
     made = []
     for measure in suite.named(*suite.axes.shown):
         columns = {}
@@ -108,10 +110,7 @@ def overview_of(found: Sequence[Section], suite: type[Suite], methods: Sequence[
             own = {name: mean_of(rows, measure, suite) for name, rows in section.rows.items()}
             if any(value is not None for value, _ in own.values()):
                 columns[section.kind] = {name: cell(*value, measure) for name, value in own.items()}
-        rows = {name: [row for section in found for row in section.rows.get(name, {}).values()] for name in methods}
-        lines = [
-            (label(name, *own), *(column.get(name, "") for column in columns.values())) for name, own in rows.items() if own
-        ]
+        lines = [(shown, *(column.get(name, "") for column in columns.values())) for name, shown in names.items()]
         if columns:
             made.append(Table(f"{heading(measure)} (95 % interval; n)", ("method", *columns), tuple(lines)))
     return made

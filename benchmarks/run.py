@@ -217,8 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         devices = [device.strip() for device in given.devices.split(",") if device.strip()]
         if not methods or not devices or given.processes < 1 or given.threads < 1:
             raise ArgumentError("--methods, --devices, --processes and --threads need one or more each")
-        require_devices(devices)
         if given.dry_run:
+            require_devices(devices)
             print(preview(settings, given.retry))
             return 0
         command = shlex.join(["python", "-m", "benchmarks.run", *(sys.argv[1:] if argv is None else argv)])

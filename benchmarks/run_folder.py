@@ -165,8 +165,11 @@ def held_settings(path: Path) -> dict[str, Any] | None:
 
     Raises `RunError` for rows without them.
     """
-    if not (path / ROWS).exists() or b"\n" not in (path / ROWS).read_bytes():
+    if not (path / ROWS).exists():
         return None
+    with (path / ROWS).open("rb") as rows:
+        if not rows.readline().endswith(b"\n"):
+            return None
     if not (path / SETTINGS).exists():
         raise RunError(f"{path} holds rows but no {SETTINGS} that says of what; put it back or give another --out")
     return read_settings(path)

@@ -218,9 +218,10 @@ def output_files(arguments: Namespace, **paths: str | None) -> dict[str, Path]:
     }
     if len(set(targets.values())) < len(targets):
         raise OutputError(f"one file is named for several outputs ({', '.join(map(str, targets.values()))}); name one for each")
+    read = read_files(arguments)
     for target in targets.values():
         # Not by name: file systems may ignore case.
-        if target.exists() and any(target.samefile(path) for path in read_files(arguments)):
+        if target.exists() and any(target.samefile(path) for path in read):
             raise OutputError(
                 f"{str(target)!r} is read by the same command, which would replace it; give another name to write"
             )
