@@ -11,7 +11,6 @@ picture they generate is a case with its own seed.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,20 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import features, metrics
-from benchmarks.suite import COSTS, SEEDS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values, data_folder
+from benchmarks.suite import (
+    COSTS,
+    SEEDS,
+    Axes,
+    Case,
+    Edited,
+    Measure,
+    Options,
+    Suite,
+    SuiteError,
+    Values,
+    data_folder,
+    files_digest,
+)
 from p2p_subject.images import load_image
 
 ORIGIN = "https://github.com/google/dreambooth (the folder 'dataset')"
@@ -171,11 +183,8 @@ def real_features(networks: features.Networks, pictures: Sequence[Image.Image]) 
 
 def list_digest(subjects: Subjects) -> str:
     """Short hash of the subjects' list and of the names and sizes of their pictures."""
-    digest = hashlib.sha256((subjects.folder / LIST).read_bytes())
-    for subject in subjects.classes:
-        for path in subjects.pictures(subject):
-            digest.update(f"{subject}/{path.name} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16]
+    pictures = [path for subject in subjects.classes for path in subjects.pictures(subject)]
+    return files_digest((subjects.folder / LIST).read_bytes(), subjects.folder, pictures)
 
 
 def _parts(id: str) -> tuple[str, int, int]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from benchmarks import dreambench, features, metrics
 from benchmarks.dreambench import CLIP, DINO, mean_cosine, read_subjects, real_features
-from benchmarks.suite import COSTS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values
+from benchmarks.suite import COSTS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values, files_digest
 from p2p_subject.images import load_image
 
 ORIGIN = "https://huggingface.co/datasets/tianleliphoebe/DreamEditBench"
@@ -114,7 +114,9 @@ class DreamEditBench(Suite):
         return self._known[case.facts]
 
     def record(self) -> dict[str, Any]:
-        return self.subjects.record() | {"seed": self.options.seed, **self.networks.record()}
+        pictures = [path for subject in self.subjects.classes for path in self._sources(subject)]
+        sources = files_digest(b"", self.folder, pictures)
+        return self.subjects.record() | {"sources": sources, "seed": self.options.seed, **self.networks.record()}
 
 
 def squeezed(picture: Image.Image) -> Image.Image:

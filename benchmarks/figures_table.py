@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from benchmarks.statistics import interval
+from benchmarks.statistics import mean
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured line: mean, 95 % bootstrap interval, number of cases and how many of them raised an error."""
+    """A measured line: mean, 95 % interval (Wilson's of shares of cases), number of cases and of those that raised an error."""
 
     title: str
     value: float
@@ -89,7 +87,8 @@ def summarise(line: Line, rows: Sequence[dict]) -> Figure | None:
     if not values:
         return None
     errors = sum("error" in row for row in own)
-    return Figure(line.title, float(np.mean(values)), *interval(values), len(values), errors, line.first, line.goal)
+    found = mean(values, share=any(isinstance(row.get(line.field), bool) for row in own))
+    return Figure(line.title, found.value, found.low, found.high, found.count, errors, line.first, line.goal)
 
 
 def table(figures: Sequence[Figure]) -> str:

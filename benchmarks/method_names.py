@@ -161,6 +161,11 @@ def applies(method: MethodFunction, case: Case) -> bool:
     return own(case) if (own := _attribute(method, "applies")) is not None else True
 
 
+def chooses(method: MethodFunction) -> bool:
+    """Whether a method is a user's that says of each case whether it is for it."""
+    return not isinstance(method, Method | Generation | Paste | BlipDiffusion) and _attribute(method, "applies") is not None
+
+
 def takes_mask(method: MethodFunction) -> bool:
     """Whether a method is given the true mask."""
     return bool(_attribute(method, "mask_input"))

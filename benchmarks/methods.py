@@ -3,7 +3,8 @@
 A method is called as `method(editor, case)` and returns `Edited`. A user's own is named "module:function":
 
     def mine(editor: Editor, case: Case) -> Edited: ...
-    mine.mask_input = True        # only if it looks at case.mask, case.truth or the other masks of the answer
+    mine.mask_input = True                               # only if it looks at case.mask, case.truth or the rest of the answer
+    mine.applies = lambda case: bool(case.references)    # only if it is not for every case
 
 The ancestors run with the settings that they were published with, over this library's attention control, which gives the
 same latents as the published loops: their rows and seconds are this library's, fewer than published where the source is read

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from benchmarks.judge import Judge, right_category
-from benchmarks.statistics import interval
+from benchmarks.statistics import mean
 from p2p_subject import Editor, Subject, swap_subject
 from p2p_subject.errors import ArgumentError, P2PSubjectError
 from p2p_subject.outputs import atomic_path, save_image
@@ -142,8 +142,8 @@ def positions(editor: Editor, judge: Judge, count: int) -> str:
     lines = ["| amount | hue, 0 to 1 of the way (median; quarters) | right category |", "| --- | --- | --- |"]
     for amount in WAY:
         low, middle, high = np.quantile(found[amount], (0.25, 0.5, 0.75)) if found[amount] else [np.nan] * 3
-        bounds = interval(right[amount])
-        shares = f"{np.mean(right[amount]):.2f} ({bounds[0]:.2f} to {bounds[1]:.2f}; {count})"
+        share = mean(right[amount], share=True)
+        shares = f"{share.value:.2f} ({share.low:.2f} to {share.high:.2f}; {share.count})"
         lines.append(f"| {amount:g} | {middle:.2f} ({low:.2f} to {high:.2f}; {len(found[amount])}) | {shares} |")
     return "\n".join(lines)
 

@@ -16,7 +16,6 @@ with a word of one prompt alone is: an addition ("2") or a removal ("3").
 
 from __future__ import annotations
 
-import hashlib
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,20 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import features, metrics
-from benchmarks.suite import COSTS, Axes, Case, Edited, Measure, Options, Suite, SuiteError, Values, data_folder, occurrences
+from benchmarks.suite import (
+    COSTS,
+    Axes,
+    Case,
+    Edited,
+    Measure,
+    Options,
+    Suite,
+    SuiteError,
+    Values,
+    data_folder,
+    files_digest,
+    occurrences,
+)
 from p2p_subject.checks import is_whole
 from p2p_subject.images import load_image
 
@@ -128,12 +140,13 @@ class PieBench(Suite):
         super().__init__(options)
         self.folder = data_folder(options.data, (MAPPING, PICTURES), "PIE-Bench", ORIGIN)
         text = (self.folder / MAPPING).read_bytes()
-        self.digest = hashlib.sha256(text).hexdigest()[:16]
         try:
             self.entries: dict[str, dict[str, Any]] = json.loads(text)
         except ValueError as error:
             raise SuiteError(f"{self.folder / MAPPING} is not JSON ({error}); get it again from {ORIGIN}") from None
         self._check()
+        pictures = [self.folder / PICTURES / entry["image_path"] for entry in self.entries.values()]
+        self.digest = files_digest(text, self.folder, pictures)
         names = options.clip or CLIP, options.dino or DINO, options.lpips or LPIPS
         self.networks = features.Networks(*names, options.device)
 
@@ -247,7 +260,7 @@ class PieBench(Suite):
 
     def record(self) -> dict[str, Any]:
         entries = f"{len(self.entries)} of {ENTRIES}"
-        return {"mapping": self.digest, "entries": entries, "seed": self.options.seed, **self.networks.record()}
+        return {"data": self.digest, "entries": entries, "seed": self.options.seed, **self.networks.record()}
 
 
 def square_around(mask: np.ndarray) -> tuple[int, int, int, int]:

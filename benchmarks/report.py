@@ -32,7 +32,7 @@ STAR = (
     "rest; the last column says how many failed. Intervals of shares of cases are Wilson's, others by bootstrap, each for "
     "itself: of twenty differences that are none, about one is called ahead or behind; of fewer than 20 cases none is."
 )
-MIXED = ("accelerator", "threads", "code", "versions", "networks")
+MIXED = ("hardware", "threads", "code", "versions", "networks")
 """What one run should have one of."""
 
 
@@ -50,15 +50,26 @@ def facts(settings: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     lines = [f"command: {command}" for command in settings.get("commands", [])]
     values = values | {"model": values.get("model") or "the miniature"}
     lines += [", ".join(f"{name} {value}" for name, value in values.items() if value is not None)]
-    for name in ("device", "accelerator", "machine", "threads", "code", "versions", "networks"):
+    known = [{**row, "hardware": hardware(row)} for row in rows]
+    for name in ("device", "hardware", "machine", "threads", "code", "versions", "networks"):
         # Rows that failed before they had one, and those of suites without networks, have none.
-        found = list(dict.fromkeys(_text(row[name]) for row in rows if row.get(name)))
+        found = list(dict.fromkeys(_text(row[name]) for row in known if row.get(name)))
         if not found:
             continue
         mixed = f" (MIXED: {len(found)} in one run)" if len(found) > 1 and name in MIXED else ""
         lines.append(f"{name}: {'; '.join(found)}{mixed}")
     failed = sum("error" in row for row in rows)
     return [*lines, f"{len(rows)} rows, {failed} failed"]
+
+
+def hardware(row: Row) -> str | None:
+    """What times and memory of a row are of: the GPU's name, or the machine whose processor it was; None where a row has none.
+
+    Two GPUs of one kind are alike; a row that ended its process on one does not know its name.
+    """
+    if row.get("accelerator"):
+        return row["accelerator"]
+    return f"processor of {row['machine']}" if row.get("device") == "cpu" and row.get("machine") else None
 
 
 def _text(value: Any) -> str:

@@ -22,12 +22,12 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.lanes import Task, in_lanes
-from benchmarks.method_names import applies, described, names_of
+from benchmarks.method_names import applies, chooses, described, names_of
 from benchmarks.methods import METHODS, MethodFunction
 from benchmarks.run_folder import Row, RunError, RunFolder, held_settings, merged_settings, read_rows, require_folder
 from benchmarks.suite import Case, Options, Suite
 from benchmarks.suites import SUITES, open_suite
-from benchmarks.worker import Settings, Worker, lost, require_possible
+from benchmarks.worker import Settings, Worker, lost, require_possible, shown_to
 from p2p_subject.editor import Editor
 from p2p_subject.errors import ArgumentError, ModelError, P2PSubjectError
 
@@ -35,18 +35,24 @@ from p2p_subject.errors import ArgumentError, ModelError, P2PSubjectError
 def plan(suite: Suite, methods: Mapping[str, MethodFunction]) -> list[Task]:
     """What there is to run: case by case, of all kinds in turn, so that a run cut short has compared all methods.
 
-    Cases of one kind are alike in what they hold, so the first that can be read says which methods are asked for them; those
-    that cannot become rows with their error.
+    Cases that cannot be read become rows with their error.
     """
     ids = suite.ids()
-    asked = {}
-    for kind, own in ids.items():
-        case = next(filter(None, (_readable(suite, id) for id in own)), None)
-        asked[kind] = [name for name, method in methods.items() if case is None or applies(method, case)]
+    asked = {(name, kind): asked_for(suite, own, method) for name, method in methods.items() for kind, own in ids.items()}
     longest = max(map(len, ids.values()), default=0)
-    return [
-        (name, kind, own[at]) for at in range(longest) for kind, own in ids.items() if at < len(own) for name in asked[kind]
-    ]
+    turns = [(kind, own[at]) for at in range(longest) for kind, own in ids.items() if at < len(own)]
+    return [(name, kind, id) for kind, id in turns for name in methods if id in asked[name, kind]]
+
+
+def asked_for(suite: Suite, ids: Sequence[str], method: MethodFunction) -> set[str]:
+    """Those of the cases of a kind that a method is asked for, and those that cannot be read.
+
+    Cases of one kind are alike in what the library's own methods go by, so the first that can be read speaks for all.
+    """
+    if chooses(method):
+        return {id for id in ids if (case := _readable(suite, id)) is None or applies(method, shown_to(method, case))}
+    case = next(filter(None, (_readable(suite, id) for id in ids)), None)
+    return set(ids) if case is None or applies(method, shown_to(method, case)) else set()
 
 
 def _readable(suite: Suite, id: str) -> Case | None:
@@ -128,7 +134,8 @@ def measure(
 ) -> list[Row]:
     """Run what the folder does not hold yet; returns the rows of the call's methods and cases.
 
-    `retry` runs cases that failed again; `command` is how to repeat the run, for its report.
+    `retry` runs cases that failed again, whose rows stay until others replace them; `command` is how to repeat the run, for its
+    report.
     """
     suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
     tasks = plan(suite, methods)
@@ -138,9 +145,7 @@ def measure(
     asked = {name for name, _, _ in tasks}
     recorded = record(settings, suite, {name: method for name, method in methods.items() if name in asked})
     with folder.opened(recorded, {name: described(method) for name, method in methods.items()}, command):
-        if retry:
-            folder.forget_failures((name, id) for name, _, id in tasks)
-        missing = [task for task in tasks if (task[0], task[2]) not in folder.rows]
+        missing = [task for task in tasks if folder.lacks((task[0], task[2]), retry)]
         if missing:
             if len(devices) * processes > 1:
                 # Here as well as in every process, where an error would have no name.

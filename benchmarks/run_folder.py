@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,23 +69,22 @@ class RunFolder:
             yield self
 
     def add(self, row: Row) -> None:
-        """Write a row, whole, and wait until it is on the disk."""
+        """Write a row, whole, and wait until it is on the disk. It takes the place of one of the same that failed."""
         key = row["method"], row["case"]
-        if key in self.rows:
+        if key not in self.rows:
+            with (self.path / ROWS).open("ab") as file:
+                file.write(_line(row))
+                file.flush()
+                os.fsync(file.fileno())
+        elif "error" in self.rows[key]:
+            atomic_write(self.path / ROWS, b"".join(map(_line, (self.rows | {key: row}).values())))
+        else:
             raise RunError(f"{self.path}: a row of {key[0]!r} for {key[1]!r} is there already")
-        with (self.path / ROWS).open("ab") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
         self.rows[key] = row
 
-    def forget_failures(self, keys: Iterable[tuple[str, str]]) -> None:
-        """Take out the rows of these methods and cases that failed, so that they are run again."""
-        wanted = set(keys)
-        kept = {key: row for key, row in self.rows.items() if "error" not in row or key not in wanted}
-        if len(kept) < len(self.rows):
-            atomic_write(self.path / ROWS, b"".join(map(_line, kept.values())))
-            self.rows = kept
+    def lacks(self, key: tuple[str, str], retry: bool) -> bool:
+        """Whether a method and case have no row; with `retry`, or one that failed."""
+        return key not in self.rows or (retry and "error" in self.rows[key])
 
     def save_case(self, case: Case) -> dict[str, str]:
         """Write the pictures of a case, once; their paths within the folder, by name."""

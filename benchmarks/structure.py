@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from benchmarks.judge import HUE_TOLERANCE, Judge, right_category
 from benchmarks.metrics import outline_f
-from benchmarks.statistics import interval
+from benchmarks.statistics import mean
 from p2p_subject import Editor, Subject
 from p2p_subject.control_images import control_image
 from p2p_subject.outputs import atomic_write, save_image
@@ -85,12 +85,11 @@ def _style(spec: world.SceneSpec, index: int) -> world.Look:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: the mean of each figure with its 95 % bootstrap interval."""
+    """Markdown: the mean of each figure with its 95 % interval: Wilson's of shares of scenes, by bootstrap of the rest."""
     lines = ["| figure | mean | 95 % |", "| --- | --- | --- |"]
     for name in (key for key in rows[0] if key not in ("index", "prompt")):
-        values = [float(row[name]) for row in rows]
-        low, high = interval(values)
-        lines.append(f"| {name} | {np.mean(values):.2f} | {low:.2f} to {high:.2f} |")
+        found = mean([row[name] for row in rows], share=isinstance(rows[0][name], bool))
+        lines.append(f"| {name} | {found.value:.2f} | {found.low:.2f} to {found.high:.2f} |")
     return "\n".join(lines)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -162,6 +163,14 @@ def data_folder(folder: Path | None, needed: Sequence[str], what: str, origin: s
     if missing:
         raise SuiteError(f"{folder}: no {', '.join(missing)}; expected the public folder of {what}, from {origin}")
     return folder
+
+
+def files_digest(text: bytes, folder: Path, pictures: Iterable[Path]) -> str:
+    """Short hash of a data set's list and of the names, within `folder`, and sizes of its pictures."""
+    digest = hashlib.sha256(text)
+    for path in pictures:
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def occurrences(prompt: str, word: str) -> tuple[Word, ...]:

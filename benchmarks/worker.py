@@ -10,6 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import parent_process
@@ -113,8 +114,9 @@ class Worker:
                 row["networks"] = self.suite.fingerprints()
                 row |= {"seed": case.seed, "prompt": case.prompt, "target_prompt": case.target_prompt}
                 row["pictures"] = self.folder.save_case(case)
+                asked = shown_to(method, case)
                 with metered(self.editor.model.unet, self.editor.model.device) as cost:
-                    edited = method(self.editor, case if row["mask_input"] else unanswered(case))
+                    edited = method(self.editor, asked)
                 require_fitting(edited, case, name)
                 row |= {"trajectory": edited.trajectory, "pasted": edited.unpasted is not None}
                 row["pictures"] |= self.folder.save_edited(name, case, edited)
@@ -149,9 +151,12 @@ def row_of_death(settings: Settings, device: str, fingerprint: str, name: str, k
     return row | {"error": why, "traceback": "", "metrics": metrics, "warnings": []}
 
 
-def unanswered(case: Case) -> Case:
-    """A case without what is known of its answer, for methods that do not say that they look at it."""
-    return replace(case, mask=None, truth=None, source_mask=None, reference_mask=None, facts=None)
+def shown_to(method: MethodFunction, case: Case) -> Case:
+    """A case as a method sees it: without what is known of its answer, unless the method says that it looks at it; and a
+    copy, so that one that paints into a picture is not measured against what it painted."""
+    if not takes_mask(method):
+        case = replace(case, mask=None, truth=None, source_mask=None, reference_mask=None, facts=None)
+    return deepcopy(case)
 
 
 def finite(value: Any, name: str) -> float | None:

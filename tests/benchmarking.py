@@ -51,6 +51,19 @@ def deadly(editor, case):
 def leaving(editor, case):
     raise SystemExit(3)
 
+def painting(editor, case):
+    case.source.paste((128, 128, 128), (0, 0, 32, 64))
+    return Edited(case.source)
+
+def choosy(editor, case):
+    return Edited(case.source)
+
+def wanted(case):
+    assert case.truth is None
+    return case.id.endswith("1")
+
+choosy.applies = wanted
+
 def killed(editor, case):
     if case.id.endswith("2") and not Path(__file__).with_name("lives").exists():
         os.kill(os.getpid(), signal.SIGKILL)

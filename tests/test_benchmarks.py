@@ -27,6 +27,9 @@ def test_a_case_with_an_error_counts_as_failed() -> None:
     seconds = summarise(Line("seconds", "g", "s", 10, 5, failed=None), rows)
     assert (seconds.value, seconds.count, seconds.errors) == (3, 1, 1) and standing(seconds) == "goal"
     assert summarise(Line("nothing", "absent", "x"), rows) is None
+    # All of ten cases are not every case: shares have an interval where the bootstrap's would have no width.
+    right = summarise(Line("right", "g", "x"), [{"group": "g", "x": True}] * 10)
+    assert right.value == right.high == 1 and 0.7 < right.low < 0.75
     assert "NOT MET" in table([summarise(Line("share", "g", "x", 0.9), rows)])
     swept = [{"setting": "a", "x": 1.0}, {"setting": "a", "x": 0.0}, {"error": "E"}, {"error": "E"}]
     assert "0.250" in pivot(swept, "setting", ["x"]) and "error: 2" in pivot(swept, "setting", ["x"])

@@ -165,4 +165,10 @@ def test_a_report_names_a_method_that_is_not_there_and_mixed_code(tmp_path: Path
     assert any("MIXED: 2" in line for line in report.facts(read_settings(folder), rows))
     for row, card in zip(rows, ("NVIDIA H100", "NVIDIA A100", None)):
         row["accelerator"] = card
-    assert "accelerator: NVIDIA H100; NVIDIA A100 (MIXED: 2 in one run)" in report.facts(read_settings(folder), rows)
+    told = report.facts(read_settings(folder), rows[:2])
+    assert "hardware: NVIDIA H100; NVIDIA A100 (MIXED: 2 in one run)" in told
+    # A processor and a GPU; of a case that ended its process on a GPU the name is not known, and that is no other one.
+    told = report.facts(read_settings(folder), [rows[1], {**rows[1], "device": "cuda:1"}, rows[2]])
+    assert "hardware: NVIDIA A100; processor of here (MIXED: 2 in one run)" in told
+    told = report.facts(read_settings(folder), [rows[1], {**rows[2], "device": "cuda:0"}])
+    assert "hardware: NVIDIA A100" in told

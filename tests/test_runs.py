@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,43 @@ def test_users_functions_run_and_failures_are_rows_that_count(miniature_folder: 
     assert len(again) == 2 and sum("error" in row for row in again) == 1
     kept = read_rows(mine / "out")
     assert len(kept) == 6 and all(row in kept for row in before.values())
+
+
+def test_a_retry_that_is_stopped_keeps_the_failures_that_it_did_not_come_to(
+    miniature_folder: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(miniature_folder, mine / "out", "my_methods:picky", count=2)
+    before = run.measure(settings)
+    assert ["error" in row for row in before] == [False, True]
+    written = (mine / "out" / "rows.jsonl").read_bytes()
+
+    def stopped(*given: object) -> Iterator[dict]:
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "rows_of", stopped)
+        run.measure(settings, retry=True)
+    assert (mine / "out" / "rows.jsonl").read_bytes() == written
+    done = {**before[1], "began": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "rows_of", lambda *given: iter([{k: done[k] for k in done if k not in ("error", "traceback")}]))
+        assert ["error" in row for row in run.measure(settings, retry=True)] == [False, False]
+    assert [row["case"] for row in read_rows(mine / "out")] == ["swap-0000", "swap-0001"]
+
+
+def test_what_a_method_paints_into_is_its_own(miniature_folder: Path, mine: Path) -> None:
+    (row,) = run.measure(settings_of(miniature_folder, mine / "out", "my_methods:painting", count=1))
+    assert row["metrics"]["outside_psnr"] < 20
+    with Image.open(mine / "out" / row["pictures"]["source"]) as kept:
+        assert np.array_equal(kept, WorldSuite(Options()).case("swap-0000").source)
+
+
+def test_a_users_method_is_asked_for_the_cases_that_it_says_it_is_for(miniature_folder: Path, mine: Path) -> None:
+    settings = settings_of(miniature_folder, mine / "out", "my_methods:choosy,paste", count=4)
+    rows = run.measure(settings)
+    assert [row["case"] for row in rows if row["method"] == "my_methods:choosy"] == ["swap-0001"] and len(rows) == 5
+    assert "5 rows" in run.preview(settings) and "asked for none" not in run.preview(settings)
 
 
 def test_a_method_sees_the_answer_only_if_it_says_so(miniature_folder: Path, mine: Path) -> None:

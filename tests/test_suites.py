@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -326,13 +327,53 @@ def test_a_missing_torchmetrics_is_said_before_anything_is_edited(pie: Path, mon
         suite.prepare()
 
 
-def test_lpips_is_the_packages_or_says_what_to_install(tmp_path: Path) -> None:
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        with pytest.raises(ModelError, match=r"torchvision|lpips"):
-            features.Lpips("squeeze")
-        return
+class Weighed(torch.nn.Module):
+    """In the place of `lpips.LPIPS`, with its arguments and shapes: squared differences, a weight a channel."""
+
+    def __init__(self, net: str, pretrained: bool = True, pnet_rand: bool = False, spatial: bool = False, verbose: bool = True):
+        super().__init__()
+        self.weight, self.spatial = torch.nn.Parameter(torch.zeros(3)), spatial
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.shape != b.shape:
+            raise RuntimeError("pictures of two sizes")
+        assert a.dtype == torch.float32 and a.min() >= -1 and a.max() <= 1
+        found = ((a - b) ** 2 * self.weight[:, None, None]).sum(1, keepdim=True)
+        return found if self.spatial else found.mean((2, 3), keepdim=True)
+
+
+def test_lpips_is_given_pictures_from_minus_one_to_one_and_weights_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = types.ModuleType("lpips")
+    package.LPIPS = Weighed
+    monkeypatch.setitem(sys.modules, "lpips", package)
+    made = Weighed("squeeze")
+    made.weight.data = torch.tensor([1.0, 2.0, 3.0])
+    save_model(made, str(tmp_path / "squeeze.safetensors"))
+    network = features.Lpips(str(tmp_path))
+    a, b = np.array(picture(0, (8, 6))), np.array(picture(1, (8, 6)))
+    expected = ((a / 127.5 - b / 127.5) ** 2 @ [1, 2, 3]).astype(np.float32)
+    assert network.map(a, b).shape == (6, 8) and np.allclose(network.map(a, b), expected, atol=1e-5)
+    assert network.distance(a, b) == pytest.approx(expected.mean(), rel=1e-5) and network.distance(a, a) == 0
+    with pytest.raises(RuntimeError, match="two sizes"):
+        network.distance(a, b[:4])
+    assert network.map(a, b).shape == (6, 8)
+    suite = features.Networks(None, None, str(tmp_path), "cpu")
+    assert suite.fingerprints.keys() == {"lpips"} and "lpips_weights" in suite.record()
+    save_file({"weight": torch.ones(2)}, tmp_path / "squeeze.safetensors")
+    with pytest.raises(ModelError, match="is not the weights of LPIPS"):
+        features.Lpips(str(tmp_path))
+
+
+def test_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ModelError, match="LPIPS needs the package 'lpips': install lpips"):
+        features.Lpips("squeeze")
+
+
+def test_lpips_is_the_packages(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
     lpips = pytest.importorskip("lpips")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -529,6 +570,23 @@ def test_pie_bench_says_what_is_missing_and_where_it_comes_from(pie: Path, tmp_p
             PieBench(Options(data=tmp_path))
         if "64x64" in message:
             path.write_bytes(kept)
+
+
+def test_folders_of_pictures_know_them(pie: Path, dreambooth: Path, tmp_path: Path) -> None:
+    shutil.copytree(pie, tmp_path / "pie")
+    shutil.copytree(dreambooth, tmp_path / "dream")
+    pictures = {
+        PieBench: (tmp_path / "pie", "annotation_images"),
+        dreambench.DreamBench: (tmp_path / "dream", "dataset"),
+        dreamedit.DreamEditBench: (tmp_path / "dream", "data/replacement_source"),
+    }
+    for suite, (folder, part) in pictures.items():
+        before = suite(Options(data=folder)).record()
+        assert before == suite(Options(data=folder)).record()
+        path = next((folder / part).rglob("*.jpg"))
+        with Image.open(path) as kept:
+            kept.convert("RGB").save(path, quality=30)
+        assert suite(Options(data=folder)).record() != before
 
 
 # DreamBench and DreamEditBench
