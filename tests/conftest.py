@@ -130,3 +130,24 @@ def everything(miniature_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     run.measure(settings_of(miniature_folder, out, ",".join(METHODS), count=1, kinds=("swap", "replace")))
     torch.set_num_threads(threads)
     return out
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of five pictures with captions and masks, to train on."""
+    from tests.picture_folders import make_folder
+
+    pytest.importorskip("pymatting")
+    return make_folder(tmp_path_factory.mktemp("pictures") / "set")
+
+
+@pytest.fixture(scope="session")
+def cutouts(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cut-outs of `pictures`."""
+    from p2p_subject.training.cutout_cache import make_cutouts
+    from p2p_subject.training.listing import read_folder
+
+    cache = tmp_path_factory.mktemp("cutouts")
+    report = make_cutouts(read_folder(pictures), cache)
+    assert report.made == {"mask": 4, "alpha": 1} and not report.skipped
+    return cache
