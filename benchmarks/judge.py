@@ -275,7 +275,7 @@ def measure(count: int = 2000, model: Path | None = None, weights: Path | None =
 
 def main() -> None:
     """Command line: `train` or `measure`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.judge", description=__doc__.split("\n\n")[0])
     stages = parser.add_subparsers(dest="stage", required=True)
     training = stages.add_parser("train", help="train on real scenes; an interrupted run goes on")
     training.add_argument("--out", type=Path, required=True, help="folder of the run")

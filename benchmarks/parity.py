@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 0 if every deviation is within its tolerance, 1 if not, 2 if there is nothing to compare with."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
     place = Path(os.environ.get(VARIABLE) or BESIDE)
-    parser.add_argument("--golden", type=Path, default=place, metavar="FOLDER", help=f"default: {VARIABLE}, or %(default)s")
+    about = f"the original's numbers (default: what {VARIABLE} names, or shared/golden beside the repository)"
+    parser.add_argument("--golden", type=Path, default=place, metavar="FOLDER", help=about)
     try:
         rows = measure(parser.parse_args(argv).golden)
     except P2PSubjectError as error:

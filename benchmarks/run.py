@@ -134,8 +134,8 @@ def measure(
 ) -> list[Row]:
     """Run what the folder does not hold yet; returns the rows of the call's methods and cases.
 
-    `retry` runs cases that failed again, whose rows stay until others replace them; `command` is how to repeat the run, for its
-    report.
+    `retry` runs again the cases that failed, whose rows stay until others replace them; `command` is how to repeat the run, for
+    its report.
     """
     suite, methods = open_suite(settings.suite, settings.options), settings.named_methods()
     tasks = plan(suite, methods)
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--devices", default="cpu", help="with commas, such as cuda:0,cuda:1 (default %(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="processes a device (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads a process on a CPU (default %(default)s)")
-    parser.add_argument("--retry", action="store_true", help="run cases that failed again")
+    parser.add_argument("--retry", action="store_true", help="run again the cases that failed")
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
     given = parser.parse_args(argv)
     kinds = tuple(part.strip() for part in given.cases.split(",") if part.strip())

@@ -58,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--mask-out", metavar="FILE", help="write where the picture was allowed to change")
     edit.add_argument("--sheet", metavar="FILE", help="write source, subject, attention, mask and result on one sheet")
     edit.add_argument("--mask", metavar="PICTURE", help="change only what is white here, instead of where the attention is")
-    edit.add_argument("--cross-replace", type=_window, metavar="F", help="share of steps in its layout (0.8; subjects: 0.2)")
-    edit.add_argument("--self-replace", type=_window, metavar="F", help="same, of shapes; or START,STOP (0.4; subjects: 0.2)")
+    about = "share of the steps in which words keep the source's layout, or START,STOP (0.8; subjects: 0.2; --remove: 0)"
+    edit.add_argument("--cross-replace", type=_window, metavar="F", help=about)
+    about = "the same, in which shapes are the source's (0.4; subjects: 0.2; --remove: 0)"
+    edit.add_argument("--self-replace", type=_window, metavar="F", help=about)
     edit.add_argument("--room", type=_share, metavar="F", help="share of steps with room around WORD (0; subjects: 0.5)")
     edit.add_argument("--threshold", type=float, metavar="F", help="0 to 1, higher: a smaller mask (default: the rule's)")
     edit.add_argument("--rule", choices=("share", "peak", "heat"), help="how attention becomes a mask (default share)")
@@ -175,7 +177,7 @@ def _finetuning_arguments(own: argparse.ArgumentParser) -> None:
 
 def _common_arguments(own: argparse.ArgumentParser) -> None:
     own.add_argument("--seed", type=_seed, metavar="N", help="of what is random: generated pictures, choice of scenes")
-    own.add_argument("--steps", type=int, metavar="N", help="steps of inversion and sampling (default 50, or a saved source's)")
+    own.add_argument("--steps", type=int, metavar="N", help="sampling steps (default 50; of a saved source its own)")
     _model_arguments(own)
 
 

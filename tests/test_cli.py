@@ -155,7 +155,7 @@ class TestEdit:
         assert (swap.cross_replace, swap.self_replace, spec.room, swap.room) == ((0.0, 0.2), (0.0, 0.2), 0.0, 0.5)
         gone = remove("cat", "grass")
         assert gone.cross_replace == gone.self_replace == (0.0, 0.0)
-        windows = ("(0.8; subjects: 0.2)", "(0.4; subjects: 0.2)")
+        windows = ("(0.8; subjects: 0.2; --remove: 0)", "(0.4; subjects: 0.2; --remove: 0)")
         for default in (*windows, "(0; subjects: 0.5)", "(default share)", "take out what WORD of the prompt shows"):
             assert default in told
 

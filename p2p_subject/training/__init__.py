@@ -1,0 +1,1 @@
+"""Pre-training of BLIP-Diffusion in two stages, and the miniature world that the shipped model is trained on."""
