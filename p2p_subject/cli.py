@@ -62,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--cross-replace", type=_window, metavar="F", help=about)
     about = "the same, in which shapes are the source's (0.4; subjects: 0.2; --remove: 0)"
     edit.add_argument("--self-replace", type=_window, metavar="F", help=about)
+    about = "share of the steps to leave out, from the noise (0; with --method edit_friendly 0.36 in its paper)"
+    edit.add_argument("--skip", type=_skipped, metavar="F", help=about)
     edit.add_argument("--room", type=_share, metavar="F", help="share of steps with room around WORD (0; subjects: 0.5)")
     edit.add_argument("--threshold", type=float, metavar="F", help="0 to 1, higher: a smaller mask (default: the rule's)")
     edit.add_argument("--rule", choices=("share", "peak", "heat"), help="how attention becomes a mask (default share)")
@@ -176,7 +178,7 @@ def _finetuning_arguments(own: argparse.ArgumentParser) -> None:
 
 
 def _common_arguments(own: argparse.ArgumentParser) -> None:
-    own.add_argument("--seed", type=_seed, metavar="N", help="of what is random: generated pictures, choice of scenes")
+    own.add_argument("--seed", type=_seed, metavar="N", help="of what is random: generated pictures, noise maps, scenes")
     own.add_argument("--steps", type=int, metavar="N", help="sampling steps (default 50; of a saved source its own)")
     _model_arguments(own)
 
@@ -213,6 +215,12 @@ def _window(text: str) -> float | tuple[float, ...]:
 
 def _share(text: str) -> float:
     return _number(text, float, 0, 1, "a share of the steps, 0 to 1")
+
+
+def _skipped(text: str) -> float:
+    if (share := _share(text)) == 1:
+        raise argparse.ArgumentTypeError("1 leaves no step; expected a share of the steps, 0 to below 1")
+    return share
 
 
 def _count(text: str) -> int:

@@ -59,6 +59,7 @@ def edit(arguments: Namespace) -> Report:
         negative_prompt=arguments.negative_prompt,
         mask=arguments.mask,
         paste=arguments.paste,
+        **given(arguments, "skip"),
     )
     pictures = {"image": result.image, "mask": result.mask}
     if "sheet" in targets:
@@ -337,6 +338,10 @@ def _open(arguments: Namespace) -> tuple[Image.Image | Source, str]:
     return source, source.prompt
 
 
+OF_METHOD = {"null_text": ("guidance_scale",), "edit_friendly": ("seed",)}
+"""What an inversion method goes by besides its picture, by option: null-text serves one scale alone, noise maps are drawn."""
+
+
 def _invert(
     editor: Editor,
     arguments: Namespace,
@@ -358,7 +363,8 @@ def _invert(
             raise ArgumentError(f"--method {arguments.method} sets what guidance leads away from; leave --negative-prompt out")
     if saved:
         return opened
-    return editor.invert(opened, prompt, control=control, **given(arguments, "steps", "method", "control_strength"))
+    own = [name for name in OF_METHOD.get(arguments.method, ()) if name in arguments]
+    return editor.invert(opened, prompt, control=control, **given(arguments, "steps", "method", "control_strength", *own))
 
 
 def write_outputs(targets: dict[str, Path], pictures: dict[str, Image.Image], source: Source) -> dict[str, str]:

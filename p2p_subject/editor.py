@@ -141,8 +141,9 @@ class Editor:
         """
         if not isinstance(style, AnySubject):
             raise SubjectError(f"style={style!r}; expected Subject(picture, category)")
-        if control is None:
-            raise ArgumentError("control=None; expected a kind of control picture, such as 'canny', or one that is drawn")
+        if control is None or isinstance(control, tuple):
+            given = "None" if control is None else "(kind, picture)"
+            raise ArgumentError(f"control={given}; expected a kind of control picture, such as 'canny', or one that is drawn")
         kept = Structure.read(control, control_strength, of=load_image(structure, what="structure"))
         given = kept.picture if kept.kind is None else (kept.kind, kept.picture)
         return self.generate(prompt, subject=style, control=given, control_strength=control_strength, **options)
@@ -294,6 +295,9 @@ class Editor:
             specs = [dataclasses.replace(s, blend=dataclasses.replace(s.blend or Blend(), mask=mask)) for s in specs]
         scale = self.guidance_scale(guidance_scale, source)
         plans = plan(model, source, specs)
+        if source.trajectory.method == "null_text" and scale != (served := source.trajectory.guidance_scale):
+            told = f"the source's null-text inversion serves guidance_scale={served:g}, which this edit's {scale:g} is not"
+            warnings.warn(f"{told}: the source will not be found again; invert the picture with that scale", stacklevel=3)
         for prompt in identities(model, source, specs, plans):
             warnings.warn(f"the edit {prompt!r} is the identity: prompt and weights are the source's own", stacklevel=3)
         with model.controlled():

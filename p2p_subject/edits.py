@@ -309,9 +309,9 @@ def add(word: Word | list[Word], prompt: str, *, blend: Blend = Blend(), **chang
     """The edit that adds what `word` of `prompt` says to the picture; `changes` are other fields of `EditSpec`.
 
     `prompt` describes the picture with it: "a cat on grass" for a source of "grass". A list adds several. Their attention
-    counts twice in the steps of `cross_replace`, or as `weights` say; it makes the mask, so that the rest stays. `blend` may
-    name other words, or hold a mask of yours, which also says where. How often it succeeds: benchmarks/RESULTS.md. Raises
-    `EditSpecError`.
+    counts twice in the steps of `cross_replace`, or as `weights` say of them; it makes the mask, so that the rest stays.
+    `blend` may name other words, or hold a mask of yours, which also says where. How often it succeeds:
+    benchmarks/RESULTS.md. Raises `EditSpecError`.
     """
     words = checks.words(word if isinstance(word, list) else [word], "word")
     if not words:
@@ -319,8 +319,11 @@ def add(word: Word | list[Word], prompt: str, *, blend: Blend = Blend(), **chang
     if isinstance(blend, Blend) and blend.target_words is None:
         source_words = () if blend.source_words is None else blend.source_words
         blend = dataclasses.replace(blend, source_words=source_words, target_words=words)
-    own = {"weights": dict.fromkeys(words, ADDED_WEIGHT)}
-    return EditSpec(**{"prompt": prompt, "blend": blend, **own, **changes})
+    weights = changes.pop("weights", {})
+    if isinstance(weights, Mapping):
+        # Those of other words leave the added ones theirs.
+        weights = {**dict.fromkeys(words, ADDED_WEIGHT), **weights}
+    return EditSpec(**{"prompt": prompt, "blend": blend, "weights": weights, **changes})
 
 
 def remove(word: Word | list[Word], prompt: str, *, blend: Blend = Blend(), **changes: Any) -> EditSpec:

@@ -212,7 +212,8 @@ class Model:
             raise StepsError(f"steps={steps!r}; expected a whole number between 1 and {train // 2}, such as 50")
         ddim = self.noise_levels()
         ddim.set_timesteps(int(steps))
-        timesteps = tuple(int(t) for t in ddim.timesteps)
+        # Spaced "trailing", some numbers of steps get one more in diffusers, by rounding: at -1, which is none.
+        timesteps = tuple(int(t) for t in ddim.timesteps[: int(steps)])
         # Steps that do not divide the training steps leave a gap at the noisy end; a wide one breaks generation and inversion.
         if timesteps[0] < 0.9 * (train - train / steps):
             raise StepsError(

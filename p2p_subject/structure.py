@@ -41,7 +41,7 @@ class Structure:
         """Read the arguments `control` and `control_strength` of a call; None where there is no control.
 
         `control`: a control picture (anything `load_image` takes), (kind, picture) to make one of a picture, or the kind alone,
-        to be made of the picture `of`, whose proportions a control picture must have.
+        to be made of the picture `of`, whose proportions any other must have.
 
         Raises:
             ArgumentError: a kind that there is not, or without a picture to make it of; a strength that is none.
@@ -52,7 +52,7 @@ class Structure:
         if control is None:
             return None
         if isinstance(control, tuple) and len(control) == 2:
-            return cls(load_image(control[1], what="control"), float(strength), _kind(control[0]))
+            return cls(_fitting(control[1], of), float(strength), _kind(control[0]))
         if isinstance(control, str) and (control in KINDS or not Path(control).exists()):
             kind = _kind(control)
             if of is None:
@@ -61,16 +61,7 @@ class Structure:
                     f"({control!r}, picture), or a control picture"
                 )
             return cls(of, float(strength), kind)
-        picture = load_image(control, what="control")
-        if of is not None:
-            misfit = abs(math.log(picture.width * of.height / (picture.height * of.width)))
-            # A pixel more or less is no other proportion, however small the picture.
-            if misfit > max(PROPORTION, 1 / min(*picture.size, *of.size)):
-                raise ImageError(
-                    f"control is {picture.width}x{picture.height} pixels, the picture it belongs to {of.width}x{of.height}; "
-                    "draw it at that picture's size, or crop both alike"
-                )
-        return cls(picture, float(strength))
+        return cls(_fitting(control, of), float(strength))
 
     def drawn(self, size: tuple[int, int]) -> Structure:
         """The same with its control picture at `size` (width, height), made now if it was to be made."""
@@ -110,6 +101,20 @@ class Structure:
                 "control_strength, a number of 0 or more. Generate or invert the picture again"
             )
         return cls(Image.fromarray(picture.numpy()), strength.item())
+
+
+def _fitting(control: Any, of: Image.Image | None) -> Image.Image:
+    """Load a picture; `ImageError` where it has other proportions than the picture `of`."""
+    picture = load_image(control, what="control")
+    if of is not None:
+        misfit = abs(math.log(picture.width * of.height / (picture.height * of.width)))
+        # A pixel more or less is no other proportion, however small the picture.
+        if misfit > max(PROPORTION, 1 / min(*picture.size, *of.size)):
+            raise ImageError(
+                f"control is {picture.width}x{picture.height} pixels, the picture it belongs to {of.width}x{of.height}; "
+                "draw it at that picture's size, or crop both alike"
+            )
+    return picture
 
 
 def _kind(name: Any) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from p2p_subject import cli, commands, demo, generation_commands, inverting, progress
 from p2p_subject.edits import Blend, EditSpec, Subject, add, remove, swap_subject
+from p2p_subject.source import Source
 from p2p_subject.training import world
 
 
@@ -98,6 +99,22 @@ class TestEdit:
         report = shell.report("edit", "{tmp}/scene.safetensors", *swap)
         assert (report["source_prompt"], report["steps"]) == ("a cat on grass", 2)
         assert (shell.folder / "again.png").read_bytes() == first
+
+    def test_an_inversion_is_given_the_seed_and_scale_that_it_goes_by(self, shell):
+        made = [("--method", "edit_friendly", "--seed", seed, "--skip", "0.5", "--no-paste") for seed in ("1", "2")]
+        pictures = []
+        for options in made:
+            shell.report(*EDIT, "--target-prompt", "a dog on grass", *options)
+            pictures.append((shell.folder / "out.png").read_bytes())
+        assert pictures[0] != pictures[1]
+        saved = ("--save-source", "{tmp}/scene.safetensors", "--target-prompt", "a dog on grass")
+        shell.report(*EDIT, *saved, "--method", "null_text", "--guidance-scale", "6")
+        assert Source.load(shell.folder / "scene.safetensors").trajectory.guidance_scale == 6
+        with pytest.warns(UserWarning, match="serves guidance_scale=6, which this edit's 2 is not"):
+            shell.report("edit", "{tmp}/scene.safetensors", *SWAP[-6:], "--out", "{tmp}/b.png", "--guidance-scale", "2")
+        message = "guidance_scale=1 is no guidance, which null-text inversion is for"
+        code, _, told = shell(*EDIT, *saved, "--method", "null_text", "--guidance-scale", "1")
+        assert code == 2 and message in told
 
     def test_a_mask_of_the_user_keeps_what_is_outside(self, shell):
         shell.report(*SWAP, "--mask", "{mask}", "--mask-out", "{tmp}/mask.png")

@@ -606,6 +606,7 @@ def test_control_and_controlnet_come_together_or_are_refused_before_a_network_ru
         ({"control": "canny", "control_strength": -1}, ArgumentError, "control_strength=-1; expected a number of 0 or more"),
         ({"control": None, "control_strength": "x"}, ArgumentError, "control_strength='x'"),
         ({"control": Image.new("RGB", (32, 16))}, ImageError, "control is 32x16 pixels, the picture it belongs to 16x16"),
+        ({"control": ("canny", Image.new("RGB", (32, 16)))}, ImageError, "control is 32x16 pixels, the picture it belongs to"),
     ],
 )
 def test_wrong_controls_are_refused(first, given, error, message) -> None:
@@ -684,6 +685,7 @@ def test_wrong_styles_are_refused(blip, first, flower) -> None:
     for given, error, message in (
         ({"style": photo()}, SubjectError, r"expected Subject\(picture, category\)"),
         ({"control": None}, ArgumentError, "control=None; expected a kind of control picture"),
+        ({"control": ("canny", photo())}, ArgumentError, r"control=\(kind, picture\); expected a kind of control picture"),
         ({"size": (10, 10)}, ArgumentError, "positive multiples of 16"),
         ({"size": 64}, ArgumentError, "positive multiples of 16"),
         ({"control": "cany"}, ArgumentError, "Did you mean 'canny'"),

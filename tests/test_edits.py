@@ -68,9 +68,10 @@ def test_what_is_added_counts_twice_and_makes_the_mask() -> None:
     blend = Blend(subtract=["cat"], feather=2.0)
     several = add(["hat", ("cat", 1)], "a cat, a cat and a hat", weights={"hat": 1.0}, blend=blend)
     assert several.blend == Blend(source_words=(), target_words=("hat", ("cat", 1)), subtract=("cat",), feather=2.0)
-    assert dict(several.weights) == {"hat": 1.0}
+    assert dict(several.weights) == {"hat": 1.0, ("cat", 1): 2.0}
     named = Blend(target_words=["mat"], source_words=["cat"])
     assert add("hat", "a hat on a mat", blend=named).blend == named
+    assert dict(add("hat", "a cat in a hat", weights={"cat": 3.0}).weights) == {"hat": 2.0, "cat": 3.0}
     with pytest.raises(EditSpecError, match="nothing to put in"):
         add([], "a hat")
     with pytest.raises(EditSpecError, match="can have no effect"):

@@ -529,6 +529,9 @@ class TestSaved:
         if tuned.settings.method == "lora":
             with pytest.raises(ModelError, match="carries the adapter"):
                 tuned.editor.finetune(PICTURES, "dog", steps=1)
+            with pytest.raises(ModelError, match="has no place for; save a fine-tuned model by Finetuned.save"):
+                tuned.editor.model.pipeline.save_pretrained(tmp_path / "dog")
+            assert not (tmp_path / "dog").exists()
             return
         tuned.save(tmp_path / "dog")
         again = Editor.from_pretrained(tmp_path / "dog").finetune(PICTURES, "dog", steps=1)
@@ -549,6 +552,13 @@ def test_the_miniature_is_found_wherever_the_library_lies(tmp_path) -> None:
 
 
 class TestPictures:
+    def test_a_mask_too_small_for_the_models_size_still_counts(self, editor) -> None:
+        mask = np.zeros((640, 640), np.float32)
+        mask[101:104, 201:204] = 1
+        (view,) = encode(editor.model, read_pictures([Image.new("RGB", (640, 640))], "pictures", [mask]))
+        cell = 640 // view.weight.shape[-1]
+        assert view.weight.sum().item() == pytest.approx(9 / cell**2) and view.weight[0, 0, 101 // cell, 201 // cell] > 0
+
     def test_masks_and_transparency(self, tmp_path) -> None:
         (tmp_path / "pictures").mkdir()
         (tmp_path / "masks").mkdir()

@@ -76,6 +76,8 @@ def test_any_scheduler_gives_noise_levels_that_rise_to_the_picture(tmp_path, kin
     trailing = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
     pipeline.scheduler = trailing
     assert kind == "LCM" or model.schedule(10).timesteps == tuple(range(999, 0, -100))
+    # By rounding, diffusers adds a timestep of -1 to these.
+    assert kind == "LCM" or all(model.schedule(steps).timesteps[-1] >= 0 for steps in (61, 103, 121))
     scheduler.save_pretrained(tmp_path)
     pipeline.scheduler = type(scheduler).from_pretrained(tmp_path)
     assert model.schedule(10) == schedule

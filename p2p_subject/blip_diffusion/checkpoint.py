@@ -19,6 +19,7 @@ from p2p_subject.blip_diffusion.weights import read_json
 from p2p_subject.blip_diffusion.word_pieces import save_prompt_tokenizer, save_word_pieces
 from p2p_subject.errors import ModelError, did_you_mean
 from p2p_subject.outputs import atomic_write
+from p2p_subject.supported import bare
 
 if TYPE_CHECKING:
     import torch
@@ -120,13 +121,19 @@ class CheckpointMixin:
             variant: part of the weight files' names, such as "fp16".
 
         Raises:
-            ModelError: pickled weights are asked for, or `save_directory` is a file.
+            ModelError: pickled weights are asked for, `save_directory` is a file, or the U-Net carries an adapter.
         """
         folder = Path(save_directory)
         if not safe_serialization:
             raise ModelError("safe_serialization=False asks for pickled weights, which are never written; leave it out.")
         if folder.is_file():
             raise ModelError(f"{folder} is a file; pass a folder to save the model in.")
+        if adapters := ", ".join(getattr(bare(self.unet), "peft_config", {})):
+            # Its weights have other names then, under which no plain U-Net finds them.
+            raise ModelError(
+                f"the U-Net carries the adapter {adapters!r}, which this layout has no place for; save a fine-tuned model by "
+                "Finetuned.save, or the pipeline without the adapter and the adapter by unet.save_lora_adapter"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         index = json.loads(self.to_json_string())
         del index[TOKENIZER_FOLDER]

@@ -33,7 +33,7 @@ def require_trainable(model: Model) -> None:
     if getattr(unet, "peft_config", None):
         raise ModelError(
             f"the U-Net of {model.name} carries the adapter {', '.join(unet.peft_config)!r}; fine-tuning begins with a plain "
-            "model. Pass the one that it was made from, or one that it is fused into: pipeline.fuse_lora()"
+            "model: the one that it was made from, or one that was fine-tuned with method='full'"
         )
     if any(hasattr(module, "_hf_hook") for module in unet.modules()) or any(w.is_meta for w in unet.parameters()):
         raise ModelError(f"the U-Net of {model.name} is offloaded; fine-tuning needs it on one device: pipeline.to('cuda')")

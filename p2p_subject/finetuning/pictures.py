@@ -125,8 +125,9 @@ def encode(model: Model, pictures: Iterable[Picture]) -> list[View]:
         latents = model.encode_images([fitted])
         weight = torch.ones_like(latents[:, :1])
         if picture.mask is not None:
-            mask = torch.from_numpy(load_mask(picture.mask, fitted.size))[None, None]
-            weight = F.interpolate(mask, latents.shape[-2:], mode="area").to(latents)
+            # Of the mask as it was given: at the model's size a small one could be gone.
+            mask = torch.from_numpy(picture.mask)[None, None]
+            weight = F.adaptive_avg_pool2d(mask, latents.shape[-2:]).to(latents)
         views.append(View(latents, weight))
     return views
 
