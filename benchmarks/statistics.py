@@ -24,7 +24,9 @@ def interval(values: Sequence[float], *, share: float = 0.95, draws: int = DRAWS
     found = bootstrap(
         (sample,), np.mean, n_resamples=draws, confidence_level=share, method="percentile", random_state=seed
     ).confidence_interval
-    return float(found.low), float(found.high)
+    # Means of equal values may be off by a rounding, and lie the wrong way round.
+    low, high = sorted(np.clip((found.low, found.high), sample.min(), sample.max()))
+    return float(low), float(high)
 
 
 def share_interval(values: Sequence[float], *, share: float = 0.95) -> tuple[float, float]:
